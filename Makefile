@@ -1,0 +1,57 @@
+# Every target does its own set-up in .venv; the only assumption is Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(shell find protos -name '*.proto')
+PROMPT ?= What is the capital of France?
+MODEL ?= smollm2-135m
+
+.PHONY: run serve test test-long check format protos bench clean
+
+# One stamp a set of extras, so that `make run` does not wait for the developers' tools.
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[executor]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet --editable '.[executor,bench,dev]'
+	touch $@
+
+run: $(VENV)/.run
+	$(BIN)/stepwire run --model $(MODEL) "$(PROMPT)"
+
+serve: $(VENV)/.run
+	$(BIN)/stepwire serve $(MODEL)
+
+test: $(VENV)/.dev
+	$(BIN)/stepwire pull $(MODEL)
+	$(BIN)/pytest -m "not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.dev
+	$(BIN)/stepwire pull $(MODEL)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	PATH=$(CURDIR)/$(BIN):$$PATH scripts/check_protos.sh
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/buf format --write
+
+protos: $(VENV)/.dev
+	PATH=$(CURDIR)/$(BIN):$$PATH scripts/generate_protos.sh protos
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV)

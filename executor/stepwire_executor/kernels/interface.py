@@ -1,0 +1,201 @@
+"""What the model and the sampler ask of a device: one callable an operation.
+
+A `Kernels` is chosen once, at start (`select_kernels`), and passed on; nothing looks a device
+up later. Every operation has a folder beside this file with its torch reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stepwire_executor.batch import StepBatch
+from stepwire_executor.kv_cache import KVPages
+
+
+class RMSNorm(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> Tensor:
+        """Normalise rows by their root mean square.
+
+        x: [..., size]; weight: [size]. With residual (shape of x): residual += x first, in
+        place, and the sum is what is normalised. Returns a new tensor in x's dtype. Statistics
+        are float32.
+        """
+        ...
+
+
+class RopeAndWriteKV(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos_sin: Tensor,
+        pages: KVPages,
+        batch: StepBatch,
+    ) -> None:
+        """Rotate query (in place) and key, then store key and value in their pages.
+
+        query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads,
+        head_dim]; each may be a strided view with unit stride in head_dim.
+        cos_sin: [max_positions, rotary_dim] float32, cosines then sines; neox order: element i
+        pairs with i + rotary_dim / 2. batch.slot_mapping of -1 stores nothing.
+        fp8 pages: scale = max(amax, tiny) / 448 a token and head, values saturate.
+        """
+        ...
+
+
+class PagedAttention(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        pages: KVPages,
+        batch: StepBatch,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attend each query causally to its sequence's cached keys.
+
+        query: [num_tokens, num_heads, head_dim]; returns the same shape and dtype, contiguous.
+        Query head h reads KV head h // (num_heads // num_kv_heads). A window of w sees the
+        query's own token and w - 1 before it. The result of a row depends on its sequence's
+        tokens only, bit for bit: not on other rows, chunking or the placement of blocks.
+        """
+        ...
+
+
+class SiluAndMul(Protocol):
+    def __call__(self, x: Tensor) -> Tensor:
+        """silu(x[:, :size]) * x[:, size:]; x: [num_tokens, 2 * size]."""
+        ...
+
+
+class PackedWeight(Protocol):
+    """A linear layer's weight in the layout that a device multiplies fastest."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Linear(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """x @ weight.T + bias; x: [num_rows, in_features]; returns [num_rows, out_features].
+
+        weight is what pack_weight made. Accumulates in float32. A row's result does not depend
+        on the number of rows, bit for bit, where `Kernels.is_row_invariant`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowAdjustments:
+    """Changes to the logits of one row, in the order they are applied."""
+
+    row: int
+    bias_token_ids: Tensor | None = None
+    """[num_biases] int64, added to by bias_values."""
+    bias_values: Tensor | None = None
+    """[num_biases] float32."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seen_token_ids: Tensor | None = None
+    """[num_seen] int64, distinct tokens of prompt and output, for the repetition penalty."""
+    output_counts: Tensor | None = None
+    """[num_seen] float32, how often each was generated, for presence and frequency."""
+    suppressed_token_ids: Tensor | None = None
+    """[num_suppressed] int64, cannot be sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingBatch:
+    """How to sample each of num_rows rows of logits."""
+
+    temperature: Tensor
+    """[num_rows] float32, 0 is greedy."""
+    top_k: Tensor
+    """[num_rows] int32, 0 is all."""
+    top_p: Tensor
+    """[num_rows] float32."""
+    min_p: Tensor
+    """[num_rows] float32."""
+    seeds: Tensor
+    """[num_rows] int64, the bits of an unsigned seed."""
+    positions: Tensor
+    """[num_rows] int64, place in its sequence of the token to sample."""
+    streams: Tensor
+    """[num_rows] int64, second key of the noise."""
+    num_logprobs: tuple[int, ...]
+    """How many likeliest tokens a row wants beside the sampled one; -1: no log-probabilities."""
+    adjustments: tuple[RowAdjustments, ...] = ()
+    """Only of rows that have any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLogprobs:
+    """Log-probabilities of one row under the unadjusted logits at temperature 1."""
+
+    logprob: float
+    """Of the sampled token."""
+    rank: int
+    """1 is the likeliest."""
+    top_token_ids: tuple[int, ...]
+    """Likeliest first; ties by smaller id."""
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOutput:
+    token_ids: Tensor
+    """[num_rows] int64."""
+    logprobs: tuple[RowLogprobs | None, ...]
+    """None for rows that did not ask."""
+    is_finite: Tensor
+    """[num_rows] bool; False where the logits hold NaN or no token could be sampled."""
+
+
+class Sample(Protocol):
+    def __call__(self, logits: Tensor, batch: SamplingBatch) -> SampleOutput:
+        """Choose a token a row: argmax of logits / temperature + Gumbel noise.
+
+        logits: [num_rows, vocab_size] float32, may be overwritten. Noise is a pure function of
+        (seed, stream, position, token id), Philox4x32-10. Order: bias, penalties, suppression,
+        temperature, top-k, min-p, top-p.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """The operations of one device."""
+
+    name: str
+    """For logs and Describe: "native avx512_bf16", "reference"."""
+    is_row_invariant: bool
+    """Whether every operation's row result is independent of the other rows, bit for bit."""
+    rms_norm: RMSNorm
+    rope_and_write_kv: RopeAndWriteKV
+    paged_attention: PagedAttention
+    silu_and_mul: SiluAndMul
+    pack_weight: Callable[[Tensor], PackedWeight]
+    """From [out_features, in_features] in the dtype to compute in."""
+    linear: Linear
+    sample: Sample

@@ -1,0 +1,92 @@
+"""Paged storage of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVPages:
+    """Pages of one layer.
+
+    A quantised element stands for key[b, h, o, d] * key_scale[b, h, o]; unquantised pages have
+    no scales.
+    """
+
+    key: Tensor
+    """[num_blocks, num_kv_heads, block_size, head_dim], float32, bfloat16, float16 or e4m3."""
+    value: Tensor
+    """As key."""
+    key_scale: Tensor | None = None
+    """[num_blocks, num_kv_heads, block_size] float32."""
+    value_scale: Tensor | None = None
+    """As key_scale."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a page."""
+        return self.key.shape[2]
+
+
+def bytes_per_block(
+    *, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """Bytes of one block over all layers, scales included."""
+    per_vector = head_dim * dtype.itemsize + (4 if dtype == FP8_DTYPE else 0)
+    return 2 * num_layers * num_kv_heads * block_size * per_vector
+
+
+class KVCache:
+    """The pages of all layers."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate zeroed pages; dtype float8_e4m3fn brings a float32 scale a token and head."""
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.dtype = dtype
+        self.num_bytes = num_blocks * bytes_per_block(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            block_size=block_size,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+
+        def scales() -> Tensor | None:
+            if dtype != FP8_DTYPE:
+                return None
+            return torch.zeros(shape[:3], dtype=torch.float32, device=device)
+
+        self.layers = tuple(
+            KVPages(
+                key=torch.zeros(shape, dtype=dtype, device=device),
+                value=torch.zeros(shape, dtype=dtype, device=device),
+                key_scale=scales(),
+                value_scale=scales(),
+            )
+            for _ in range(num_layers)
+        )
+
+    def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole pages in every layer; sources, targets: [num_copies] int64 block ids."""
+        for pages in self.layers:
+            for tensor in (pages.key, pages.value, pages.key_scale, pages.value_scale):
+                if tensor is not None:
+                    tensor[targets] = tensor[sources]
