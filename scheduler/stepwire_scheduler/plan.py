@@ -1,0 +1,76 @@
+"""What the planner decides: plain data that the executor client puts on the wire."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from stepwire_scheduler.sequence import Logprobs, SamplingParams, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """A sequence joins the executor's slot table."""
+
+    slot: int
+    token_ids: array[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: list[int]
+    sampling_params: SamplingParams
+    stream: int
+    """Index of the sequence in its request."""
+    suppressed_token_ids: tuple[int, ...]
+    """Cannot be sampled before min_tokens."""
+
+
+@dataclass(slots=True, kw_only=True)
+class StepPlan:
+    """One step: what changed since the one before, and the work.
+
+    Parallel lists as in the wire's message; the lists of sequences stay with the scheduler
+    and say whom the results belong to.
+    """
+
+    step_id: int
+    released_slots: list[int] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
+    appended_slots: list[int] = field(default_factory=list)
+    appended_block_ids: list[int] = field(default_factory=list)
+    work_slots: list[int] = field(default_factory=list)
+    work_num_tokens: list[int] = field(default_factory=list)
+    work_sequences: list[Sequence] = field(default_factory=list)
+    work_num_computed_tokens: list[int] = field(default_factory=list)
+    """Tokens of each sequence that are computed once this step is done."""
+    sampled_sequences: list[Sequence] = field(default_factory=list)
+    """Those whose slot samples in this step, in the order of the work list."""
+    first_scheduled: list[Sequence] = field(default_factory=list)
+    """Those that get their first step now."""
+    num_scheduled_tokens: int = 0
+    num_preemptions: int = 0
+    num_prefix_queried_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What the executor answered to a plan."""
+
+    step_id: int
+    sampled_token_ids: list[int]
+    """One for each of the plan's sampled_sequences."""
+    logprobs: list[Logprobs | None]
+    """Parallel to sampled_token_ids, or empty where nobody asked."""
+    failures: dict[int, str]
+    """Reason by slot, for sequences that cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """New tokens of a sequence, or its end, or both."""
+
+    sequence: Sequence
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    error: str | None = None
+    """Why it ended, for the client, where finish_reason is ERROR."""

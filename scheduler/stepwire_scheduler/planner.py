@@ -1,0 +1,437 @@
+"""Continuous batching as a pure state machine: events and the time in, step plans out.
+
+No I/O, no clock, no randomness: the same calls give the same plans, so a recorded log replays
+without an executor.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from dataclasses import dataclass
+from typing import Literal
+
+from stepwire_scheduler.block_pool import BlockPool
+from stepwire_scheduler.plan import Admission, SequenceUpdate, StepOutcome, StepPlan
+from stepwire_scheduler.prefix_cache import PrefixCache
+from stepwire_scheduler.request_queue import RequestQueue
+from stepwire_scheduler.sequence import FinishReason, Request, Sequence, SequenceStatus
+
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerConfig:
+    """What the executor offers and how to share it out."""
+
+    num_blocks: int
+    block_size: int
+    """Tokens a KV block."""
+    max_num_seqs: int
+    """Slots of the executor."""
+    max_num_batched_tokens: int
+    """Most tokens a step."""
+    max_num_prefill_tokens: int
+    """Most prefill tokens a step while other sequences decode; bounds inter-token latency."""
+    max_inflight_steps: int = 2
+    """Plans that may be out without their result."""
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    enable_prefix_caching: bool = True
+    eos_token_ids: frozenset[int] = frozenset()
+    max_resumes: int = 3
+    """Epochs that a sequence may lose before it fails."""
+
+
+class Planner:
+    """Holds every sequence and decides each step.
+
+    Decodes first, then chunks of prefills, then admissions, all from one token budget. When
+    blocks run out the cheapest later sequence of the lowest priority is preempted; its tokens
+    stay here and are recomputed. Earlier sequences never wait for later ones, so the earliest
+    always advances.
+    """
+
+    def __init__(self, config: PlannerConfig, *, prefix_key: bytes) -> None:
+        """prefix_key: secret bytes for the prefix cache's hash."""
+        self.config = config
+        self._prefix_cache = PrefixCache(block_size=config.block_size, key=prefix_key)
+        self.block_pool = BlockPool(config.num_blocks, self._prefix_cache)
+        self.waiting = RequestQueue()
+        self.running: list[Sequence] = []
+        """Admitted sequences by order_key."""
+        self.inflight: dict[int, StepPlan] = {}
+        """Plans without a result, oldest first."""
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._released_slots: list[int] = []
+        """Freed since the last plan; the executor has not been told."""
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._num_sequences = 0
+        self._last_step_id = 0
+
+    # Events
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queue a request's n sequences; validation has checked that they can ever fit."""
+        params = request.sampling_params
+        stop_ids = params.stop_token_ids
+        if not params.ignore_eos:
+            stop_ids = stop_ids | self.config.eos_token_ids
+        priority = request.priority if self.config.scheduling_policy == "priority" else 0
+        sequences: list[Sequence] = []
+        for index in range(params.n):
+            self._num_sequences += 1
+            sequence = Sequence(
+                request,
+                index,
+                order_key=(priority, self._num_sequences),
+                stop_ids=stop_ids,
+                leader=sequences[0] if sequences else None,
+            )
+            self.waiting.push(sequence)
+            if request.deadline_ms != float("inf"):
+                heapq.heappush(
+                    self._deadlines, (request.deadline_ms, self._num_sequences, sequence)
+                )
+            sequences.append(sequence)
+        return sequences
+
+    def finish(
+        self, sequence: Sequence, reason: FinishReason, stop_token_id: int | None = None
+    ) -> None:
+        """End a sequence now; its blocks are free once no step in flight touches them."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self._leave_slot(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        sequence.stop_token_id = stop_token_id
+
+    def expire(self, now_ms: float) -> list[SequenceUpdate]:
+        """End every sequence whose deadline has passed."""
+        expired: list[SequenceUpdate] = []
+        while self._deadlines and self._deadlines[0][0] <= now_ms:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            if sequence.status is not SequenceStatus.FINISHED:
+                self.finish(sequence, FinishReason.DEADLINE)
+                expired.append(SequenceUpdate(sequence))
+        if len(self._deadlines) > 2 * (len(self.waiting) + len(self.running)) + 64:
+            self._deadlines = [
+                item for item in self._deadlines if item[2].status is not SequenceStatus.FINISHED
+            ]
+            heapq.heapify(self._deadlines)
+        return expired
+
+    @property
+    def next_deadline_ms(self) -> float | None:
+        """When expire may next have something to do."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def commit(self, outcome: StepOutcome) -> list[SequenceUpdate]:
+        """Book the result of the oldest plan in flight.
+
+        Samples of sequences that have ended since are dropped; those of preempted ones count.
+        """
+        assert outcome.step_id == next(iter(self.inflight)), outcome.step_id
+        plan = self.inflight.pop(outcome.step_id)
+        assert len(outcome.sampled_token_ids) == len(plan.sampled_sequences)
+        self._register_full_blocks(plan)
+        updates: list[SequenceUpdate] = []
+        if outcome.failures:
+            by_slot = dict(zip(plan.work_slots, plan.work_sequences, strict=True))
+            for slot, reason in outcome.failures.items():
+                sequence = by_slot[slot]
+                if sequence.status is not SequenceStatus.FINISHED:
+                    self.finish(sequence, FinishReason.ERROR)
+                    updates.append(SequenceUpdate(sequence, error=reason))
+        logprobs = outcome.logprobs
+        for i, sequence in enumerate(plan.sampled_sequences):
+            sequence.num_pending_tokens -= 1
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            token_id = outcome.sampled_token_ids[i]
+            sequence.token_ids.append(token_id)
+            if token_id in sequence.stop_token_ids:
+                self.finish(sequence, FinishReason.STOP, stop_token_id=token_id)
+            elif len(sequence.token_ids) >= sequence.max_num_tokens:
+                self.finish(sequence, FinishReason.LENGTH)
+            entry = logprobs[i] if logprobs else None
+            updates.append(SequenceUpdate(sequence, (token_id,), (entry,) if entry else ()))
+        self.block_pool.acknowledge(outcome.step_id)
+        return updates
+
+    def reset_epoch(self) -> list[SequenceUpdate]:
+        """Forget what the executor held: every running sequence waits to be admitted again.
+
+        Returns those that have lost more than max_resumes epochs and end here.
+        """
+        for plan in self.inflight.values():
+            for sequence in plan.sampled_sequences:
+                sequence.num_pending_tokens = 0
+        self.inflight.clear()
+        self._last_step_id = 0
+        self._released_slots.clear()
+        self._free_slots = list(range(self.config.max_num_seqs - 1, -1, -1))
+        self.block_pool.reset()
+        interrupted, self.running = self.running, []
+        failed: list[SequenceUpdate] = []
+        for sequence in interrupted:
+            self._forget_computed(sequence)
+            sequence.num_resumes += 1
+            sequence.status = SequenceStatus.WAITING
+            self.waiting.push(sequence)
+            if sequence.num_resumes > self.config.max_resumes:
+                self.finish(sequence, FinishReason.ERROR)
+                failed.append(SequenceUpdate(sequence, error="the executor was lost repeatedly"))
+        return failed
+
+    # Planning
+
+    def plan(self, now_ms: float) -> StepPlan | None:
+        """Decide the next step, or None where there is nothing to do or no room in flight."""
+        if len(self.inflight) >= self.config.max_inflight_steps:
+            return None
+        plan = StepPlan(step_id=self._last_step_id + 1)
+        budget = self.config.max_num_batched_tokens
+        prefills: list[Sequence] = []
+        for sequence in tuple(self.running):
+            remaining = self._num_remaining_tokens(sequence)
+            if remaining > 1:
+                prefills.append(sequence)
+            elif (
+                remaining == 1
+                and budget > 0
+                and sequence.status is SequenceStatus.RUNNING
+                and self._ensure_blocks(sequence, 1, plan)
+            ):
+                self._schedule(sequence, 1, plan)
+                budget -= 1
+        if plan.work_slots:
+            budget = min(budget, self.config.max_num_prefill_tokens)
+        budget = self._plan_prefills(prefills, budget, plan)
+        if budget > 0 and plan.num_preemptions == 0:
+            self._plan_admissions(budget, plan, now_ms)
+        if not plan.work_slots:
+            assert not plan.admissions
+            return None
+        plan.released_slots, self._released_slots = self._released_slots, []
+        self._last_step_id = plan.step_id
+        self.inflight[plan.step_id] = plan
+        return plan
+
+    def _plan_prefills(self, prefills: list[Sequence], budget: int, plan: StepPlan) -> int:
+        for sequence in prefills:
+            if budget <= 0:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted for an earlier one in this very step
+            num_tokens = min(self._num_remaining_tokens(sequence), budget)
+            if self._ensure_blocks(sequence, num_tokens, plan):
+                self._schedule(sequence, num_tokens, plan)
+                budget -= num_tokens
+        return budget
+
+    def _plan_admissions(self, budget: int, plan: StepPlan, now_ms: float) -> None:
+        """Admit in strict order: a large request at the head is not overtaken, so not starved."""
+        reserved = sum(self._num_blocks_to_come(sequence) for sequence in self.running)
+        while budget > 0 and self._free_slots:
+            sequence = self.waiting.peek()
+            if sequence is None or sequence.num_pending_tokens or self._awaits_leader(sequence):
+                return
+            cached = self._find_cached_blocks(sequence)
+            num_new = self._num_blocks_for(len(sequence.token_ids)) - len(cached)
+            available = self.block_pool.num_free - self.block_pool.num_free_among(cached)
+            # Leave the running ones some room to grow, or admissions cause preemptions.
+            watermark = max(1, self.config.num_blocks // 100) if self.running else 0
+            if num_new + reserved + watermark > available:
+                return
+            self.waiting.pop()
+            self._admit(sequence, cached, plan, now_ms)
+            num_tokens = min(self._num_remaining_tokens(sequence), budget)
+            self._take_blocks(sequence, num_tokens)
+            reserved += self._num_blocks_for(len(sequence.token_ids)) - len(sequence.block_ids)
+            plan.admissions.append(self._describe_admission(sequence, num_cached=len(cached)))
+            self._schedule(sequence, num_tokens, plan)
+            budget -= num_tokens
+
+    def _admit(self, sequence: Sequence, cached: list[int], plan: StepPlan, now_ms: float) -> None:
+        for block_id in cached:
+            self.block_pool.share(block_id)
+        num_cached_tokens = len(cached) * self.config.block_size
+        sequence.slot = self._free_slots.pop()
+        sequence.status = SequenceStatus.RUNNING
+        sequence.block_ids = cached
+        sequence.num_computed_tokens = num_cached_tokens
+        sequence.num_registered_blocks = len(cached)
+        sequence.admitted_step_id = plan.step_id
+        bisect.insort(self.running, sequence, key=_order_key)
+        if self.config.enable_prefix_caching:
+            plan.num_prefix_queried_tokens += len(sequence.token_ids)
+            plan.num_prefix_hit_tokens += num_cached_tokens
+        if sequence.first_scheduled_ms is None:
+            sequence.first_scheduled_ms = now_ms
+            sequence.num_cached_tokens = num_cached_tokens
+            plan.first_scheduled.append(sequence)
+
+    def _describe_admission(self, sequence: Sequence, *, num_cached: int) -> Admission:
+        return Admission(
+            slot=sequence.slot,
+            token_ids=sequence.token_ids[:],
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_computed_tokens=num_cached * self.config.block_size,
+            block_ids=list(sequence.block_ids),
+            sampling_params=sequence.request.sampling_params,
+            stream=sequence.index,
+            suppressed_token_ids=tuple(sorted(sequence.stop_token_ids))
+            if sequence.request.sampling_params.min_tokens
+            else (),
+        )
+
+    def _schedule(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> None:
+        assert num_tokens > 0, sequence
+        sequence.num_computed_tokens += num_tokens
+        sequence.last_step_id = plan.step_id
+        plan.work_slots.append(sequence.slot)
+        plan.work_num_tokens.append(num_tokens)
+        plan.work_sequences.append(sequence)
+        plan.work_num_computed_tokens.append(sequence.num_computed_tokens)
+        plan.num_scheduled_tokens += num_tokens
+        if sequence.num_computed_tokens == len(sequence.token_ids) + sequence.num_pending_tokens:
+            sequence.num_pending_tokens += 1
+            plan.sampled_sequences.append(sequence)
+
+    def _num_remaining_tokens(self, sequence: Sequence) -> int:
+        """Tokens that the executor will know and has not been asked to compute."""
+        num_known = len(sequence.token_ids) + sequence.num_pending_tokens
+        if num_known >= sequence.max_num_tokens:
+            return 0  # the sample in flight is its last
+        return num_known - sequence.num_computed_tokens
+
+    # Blocks
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def _num_blocks_to_come(self, sequence: Sequence) -> int:
+        """Blocks that a prefill under way still needs for the tokens it knows."""
+        return max(0, self._num_blocks_for(len(sequence.token_ids)) - len(sequence.block_ids))
+
+    def _ensure_blocks(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> bool:
+        """Give a running sequence the blocks for its next tokens; False: not in this step."""
+        num_missing = self._num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(
+            sequence.block_ids
+        )
+        if num_missing <= 0:
+            return True
+        if not self._make_room(sequence, num_missing, plan):
+            return False
+        for block_id in self._take_blocks(sequence, num_tokens):
+            plan.appended_slots.append(sequence.slot)
+            plan.appended_block_ids.append(block_id)
+        return True
+
+    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        num_missing = self._num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(
+            sequence.block_ids
+        )
+        taken = [self.block_pool.allocate() for _ in range(num_missing)]
+        sequence.block_ids.extend(taken)
+        return taken
+
+    def _make_room(self, sequence: Sequence, num_blocks: int, plan: StepPlan) -> bool:
+        pool = self.block_pool
+        while pool.num_free < num_blocks:
+            if pool.num_free + pool.num_leased >= num_blocks:
+                return False  # enough come back with the steps in flight
+            victim = self._choose_victim(sequence, plan)
+            if victim is None:
+                if any(other.last_step_id == plan.step_id for other in self.running):
+                    return False  # those in this step go on; their end frees blocks
+                assert len(self.running) > 1, "a request that can never fit was accepted"
+                victim = sequence
+            self._preempt(victim, plan)
+            if victim is sequence:
+                return False
+        return True
+
+    def _choose_victim(self, sequence: Sequence, plan: StepPlan) -> Sequence | None:
+        """The lowest priority, then the fewest tokens to recompute, then the latest."""
+        position = bisect.bisect_right(self.running, sequence.order_key, key=_order_key)
+        candidates = [
+            other for other in self.running[position:] if other.last_step_id != plan.step_id
+        ]
+        return min(
+            candidates,
+            key=lambda other: (-other.order_key[0], other.num_computed_tokens, -other.order_key[1]),
+            default=None,
+        )
+
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        self._leave_slot(sequence)
+        sequence.num_preemptions += 1
+        plan.num_preemptions += 1
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.push(sequence)
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        position = bisect.bisect_left(self.running, sequence.order_key, key=_order_key)
+        assert self.running[position] is sequence, sequence
+        del self.running[position]
+        self._released_slots.append(sequence.slot)
+        self._free_slots.append(sequence.slot)
+        self.block_pool.release(sequence.block_ids, sequence.last_step_id)
+        self._forget_computed(sequence)
+
+    @staticmethod
+    def _forget_computed(sequence: Sequence) -> None:
+        sequence.slot = -1
+        sequence.block_ids = []
+        sequence.num_computed_tokens = 0
+        sequence.num_registered_blocks = 0
+        sequence.last_step_id = 0
+
+    # Prefix cache
+
+    def _find_cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold leading tokens; the last token is always computed, for its logits."""
+        if not self.config.enable_prefix_caching:
+            return []
+        tenant = sequence.request.tenant
+        self._prefix_cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
+        max_blocks = (len(sequence.token_ids) - 1) // self.config.block_size
+        return self._prefix_cache.match(
+            sequence.block_hashes[:max_blocks], sequence.token_ids, tenant
+        )
+
+    def _register_full_blocks(self, plan: StepPlan) -> None:
+        """Tell the prefix cache of blocks that this step has filled."""
+        if not self.config.enable_prefix_caching:
+            return
+        size = self.config.block_size
+        for sequence, num_computed in zip(
+            plan.work_sequences, plan.work_num_computed_tokens, strict=True
+        ):
+            num_full = num_computed // size
+            if (
+                num_full <= sequence.num_registered_blocks
+                or sequence.status is not SequenceStatus.RUNNING
+                or sequence.admitted_step_id > plan.step_id
+            ):
+                continue
+            tenant = sequence.request.tenant
+            self._prefix_cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
+            for position in range(sequence.num_registered_blocks, num_full):
+                self._prefix_cache.register(
+                    sequence.block_ids[position],
+                    position,
+                    sequence.block_hashes,
+                    sequence.token_ids,
+                    tenant,
+                )
+            sequence.num_registered_blocks = num_full
+
+
+def _order_key(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order_key
