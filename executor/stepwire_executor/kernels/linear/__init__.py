@@ -1,0 +1,1 @@
+"""Linear layers over weights that are laid out once for the device."""

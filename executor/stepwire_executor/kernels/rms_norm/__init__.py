@@ -1,0 +1,1 @@
+"""Root-mean-square normalisation with an optional residual sum (Zhang & Sennrich 2019)."""

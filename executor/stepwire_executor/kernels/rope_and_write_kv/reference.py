@@ -1,0 +1,73 @@
+"""Rotary position embedding and the write into KV pages, in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepwire_executor.batch import StepBatch
+from stepwire_executor.kernels.dtypes import accumulation_dtype
+from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, KVPages
+
+MIN_AMAX = 1e-12
+"""Floor of a vector's largest magnitude, so that an all-zero vector's scale is a normal float."""
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + rotary_dim / 2) of each head; elements past rotary_dim stay.
+
+    x: [num_tokens, heads, head_dim]; cos_sin: [num_tokens, rotary_dim], cosines then sines.
+    Returns a new tensor in the accumulation dtype. Su et al. 2021, in the half-split order.
+    """
+    wide = x.to(accumulation_dtype(x))
+    half = cos_sin.shape[-1] // 2
+    cos, sin = torch.split(cos_sin.to(wide.dtype).unsqueeze(1), half, dim=-1)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    return torch.cat(
+        (first * cos - second * sin, second * cos + first * sin, wide[..., 2 * half :]), dim=-1
+    )
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode vectors as e4m3 with one scale each.
+
+    x: [..., head_dim]. Returns codes of x's shape and float32 scales [...].
+    """
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1).clamp(min=MIN_AMAX) / FP8_MAX
+    codes = (wide / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+    return codes, scale
+
+
+def _write(
+    pages: Tensor, scales: Tensor | None, blocks: Tensor, offsets: Tensor, x: Tensor
+) -> None:
+    if scales is None:
+        pages[blocks, :, offsets] = x.to(pages.dtype)
+        return
+    codes, scale = quantise(x)
+    pages.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
+    scales[blocks, :, offsets] = scale
+
+
+def rope_and_write_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: Tensor,
+    pages: KVPages,
+    batch: StepBatch,
+) -> None:
+    """Rotate query in place, store rotated key and value; see `interface.RopeAndWriteKV`."""
+    if cos_sin.shape[-1] % 2 or cos_sin.shape[-1] > query.shape[-1]:
+        raise ValueError(
+            f"rotary_dim {cos_sin.shape[-1]} must be even and at most {query.shape[-1]}"
+        )
+    angles = cos_sin[batch.positions]
+    query.copy_(rotate(query, angles))
+    rotated = rotate(key, angles)
+    is_stored = batch.slot_mapping >= 0
+    slots = batch.slot_mapping[is_stored]
+    blocks, offsets = slots // pages.block_size, slots % pages.block_size
+    _write(pages.key, pages.key_scale, blocks, offsets, rotated[is_stored])
+    _write(pages.value, pages.value_scale, blocks, offsets, value[is_stored])

@@ -1,0 +1,1 @@
+"""Choosing tokens: a pure function of logits, parameters, seed and position."""
