@@ -1,0 +1,63 @@
+"""Errors as clients see them: google.rpc.Status in the trailing metadata."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from google.rpc.status_pb2 import Status
+
+from stepwire_scheduler.errors import (
+    ERROR_DOMAIN,
+    MAX_VIOLATIONS,
+    InvalidRequestError,
+    SchedulerError,
+    status_code,
+)
+
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+"""The metadata key that gRPC libraries of all languages read google.rpc.Status from."""
+
+_ABORT_TIMEOUT_S = 1.0
+
+
+def to_rpc_status(error: SchedulerError, request_id: str = "") -> Status:
+    """The error with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
+    code: int = status_code(error).value[0]
+    status = Status(code=code, message=error.message)
+    metadata = {"request_id": request_id} if request_id else {}
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata)
+    ]
+    if isinstance(error, InvalidRequestError):
+        details.append(
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(
+                        field=violation.field, description=violation.description
+                    )
+                    for violation in error.violations[:MAX_VIOLATIONS]
+                ]
+            )
+        )
+    if error.retry_after_ms is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(error.retry_after_ms)
+        details.append(retry)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: SchedulerError, request_id: str = ""
+) -> NoReturn:
+    """End the call with the error's status."""
+    status = to_rpc_status(error, request_id)
+    metadata = ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+    await context.abort(status_code(error), error.message, metadata)
