@@ -1,0 +1,155 @@
+"""Flags and environment variables to a `SchedulerConfig`: flags first, then environment."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from stepwire_scheduler.config import SchedulerConfig
+from stepwire_scheduler.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "STEPWIRE_SCHEDULER_"
+
+_FLAG_OF_FIELD = {"executor_addresses": "executor"}
+_AT_LEAST_ZERO = {"max_resumes", "drain_timeout_ms"}
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> SchedulerConfig:
+    """Read flags and STEPWIRE_SCHEDULER_* variables.
+
+    Raises ConfigError with one line that names the setting; SystemExit(0) after --help.
+    """
+    hints = get_type_hints(SchedulerConfig)
+    given = vars(
+        _parser(hints, show_help=bool({"-h", "--help"} & set(arguments))).parse_args(arguments)
+    )
+    settings: dict[str, Any] = {}
+    for setting in fields(SchedulerConfig):
+        flag = "--" + _flag_name(setting.name)
+        variable = ENVIRONMENT_PREFIX + _flag_name(setting.name).replace("-", "_").upper()
+        if given[setting.name] is not None:
+            source, value = flag, given[setting.name]
+        elif variable in environment:
+            source, value = variable, environment[variable]
+        elif setting.default is MISSING:
+            raise ConfigError(f"{flag} is missing: give {flag} or set {variable}")
+        else:
+            continue
+        settings[setting.name] = _convert(setting.name, hints[setting.name], value, source)
+    config = SchedulerConfig(**settings)
+    _check_addresses(config)
+    return config
+
+
+def _flag_name(field_name: str) -> str:
+    return _FLAG_OF_FIELD.get(field_name, field_name).replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the flags")
+
+
+def _parser(hints: Mapping[str, Any], *, show_help: bool) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m stepwire_scheduler",
+        description="Schedules requests for one model onto stepwire executors.",
+        epilog=f"Each flag can be set by an environment variable, {ENVIRONMENT_PREFIX}MODEL.",
+        allow_abbrev=False,
+    )
+    descriptions = _field_docstrings() if show_help else {}
+    for setting in fields(SchedulerConfig):
+        default = setting.default
+        text = descriptions.get(setting.name, "")
+        if default is not MISSING and default is not None:
+            shown = ",".join(default) if isinstance(default, tuple) else default
+            text += f" Default: {shown}."
+        is_switch = hints[setting.name] is bool
+        parser.add_argument(
+            "--" + _flag_name(setting.name),
+            dest=setting.name,
+            action=argparse.BooleanOptionalAction if is_switch else "store",
+            default=None,
+            help=text.replace("%", "%%"),
+        )
+    return parser
+
+
+def _field_docstrings() -> dict[str, str]:
+    """The docstring under each field of SchedulerConfig."""
+    body = ast.parse(inspect.getsource(SchedulerConfig)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        statement.target.id: str(docstring.value.value)
+        for statement, docstring in zip(body.body, body.body[1:], strict=False)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(docstring, ast.Expr)
+        and isinstance(docstring.value, ast.Constant)
+    }
+
+
+def _convert(name: str, hint: Any, value: str | bool, source: str) -> Any:
+    """The value in the field's type; source names the flag or variable in errors."""
+    if isinstance(value, bool):
+        return value
+    if get_origin(hint) is Literal:
+        choices: tuple[str, ...] = get_args(hint)
+        if value not in choices:
+            raise ConfigError(f"{source} must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    if hint is bool:
+        if value.lower() not in _TRUE | _FALSE:
+            raise ConfigError(f"{source} must be true or false, not {value!r}")
+        return value.lower() in _TRUE
+    if hint is int or int in get_args(hint):
+        least = 0 if name in _AT_LEAST_ZERO else 1
+        if not (value.isascii() and value.isdecimal() and len(value) <= 12 and int(value) >= least):
+            raise ConfigError(f"{source} must be a whole number, at least {least}, not {value!r}")
+        return int(value)
+    if get_origin(hint) is tuple:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if not value:
+        raise ConfigError(f"{source} is empty")
+    return value
+
+
+def split_address(address: str, source: str) -> tuple[str, int]:
+    """HOST:PORT or [IPV6]:PORT; raises ConfigError."""
+    host, separator, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (separator and host and port.isascii() and port.isdecimal() and int(port) < 65_536):
+        raise ConfigError(f"{source} must be HOST:PORT, not {address!r}")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_addresses(config: SchedulerConfig) -> None:
+    listens = [("--listen", config.listen)]
+    if config.metrics_listen is not None:
+        listens.append(("--metrics-listen", config.metrics_listen))
+    for flag, address in listens:
+        host, _ = split_address(address, flag)
+        if not is_loopback(host) and not config.insecure:
+            raise ConfigError(
+                f"{flag} {address} is reachable from other machines without encryption or "
+                "authentication; use 127.0.0.1, or add --insecure to accept that"
+            )
+    if not config.executor_addresses:
+        raise ConfigError("--executor is empty")
+    for address in config.executor_addresses:
+        split_address(address, "--executor")

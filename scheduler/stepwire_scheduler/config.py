@@ -1,0 +1,61 @@
+"""Everything that can be set on a scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SchedulingPolicy = Literal["fcfs", "priority"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Settings of one scheduler, read once at start."""
+
+    model: str
+    """Path of the model: a directory, or a .gguf file. Only its tokenizer is read here."""
+    served_model_name: str | None = None
+    """Name that clients see; default: the last part of the model's path."""
+    executor_addresses: tuple[str, ...] = ("127.0.0.1:50052",)
+    """HOST:PORT of each executor rank, comma-separated, rank 0 first."""
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT of the gRPC server; port 0 takes a free one."""
+    metrics_listen: str | None = None
+    """HOST:PORT of Prometheus metrics over HTTP; default: none."""
+    max_num_seqs: int | None = None
+    """Most sequences in one step; default: the executor's."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step; default: the executor's."""
+    max_num_prefill_tokens: int = 512
+    """Most prompt tokens in one step while other sequences decode: bounds their gaps."""
+    max_inflight_steps: int = 2
+    """Step plans sent ahead of their results; 1 waits for each."""
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    """fcfs runs by arrival, priority by the request's priority, then arrival."""
+    enable_prefix_caching: bool = True
+    """Keep KV blocks of past prompts and share them."""
+    max_queued_requests: int = 256
+    """Requests that may wait; one more is RESOURCE_EXHAUSTED."""
+    max_queued_tokens: int = 262_144
+    """Prompt tokens that may wait."""
+    default_deadline_ms: int = 120_000
+    """Deadline of a request that brings none."""
+    max_deadline_ms: int = 600_000
+    """A longer deadline is shortened to this."""
+    step_timeout_ms: int = 30_000
+    """A step that takes longer ends the executors' epoch."""
+    max_resumes: int = 3
+    """Times that one request survives the loss of its executors."""
+    drain_timeout_ms: int = 30_000
+    """How long running requests may take to end after SIGTERM."""
+    max_unread_bytes: int = 65_536
+    """Output of a request that may wait for its client."""
+    unread_timeout_ms: int = 30_000
+    """How long it may wait, once above that."""
+    enable_reflection: bool = False
+    """Serve grpc.reflection.v1alpha, for tools like grpcurl."""
+    insecure: bool = False
+    """Allow addresses beyond loopback, without encryption or authentication."""
+    log_level: LogLevel = "info"
+    """Least severity that is logged."""

@@ -1,0 +1,77 @@
+"""Flags over environment over defaults, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+from stepwire_scheduler.command_line import parse_config
+from stepwire_scheduler.config import SchedulerConfig
+from stepwire_scheduler.errors import ConfigError
+
+
+def test_only_the_model_is_required() -> None:
+    assert parse_config(["--model", "m"], {}) == SchedulerConfig(model="m")
+
+
+def test_flags_win_over_the_environment_and_it_over_defaults() -> None:
+    environment = {
+        "STEPWIRE_SCHEDULER_MODEL": "from-environment",
+        "STEPWIRE_SCHEDULER_MAX_NUM_SEQS": "8",
+        "STEPWIRE_SCHEDULER_ENABLE_PREFIX_CACHING": "false",
+        "STEPWIRE_SCHEDULER_EXECUTOR": "127.0.0.1:1,127.0.0.1:2",
+    }
+    config = parse_config(["--max-num-seqs", "16", "--enable-reflection"], environment)
+    assert config.model == "from-environment"
+    assert config.max_num_seqs == 16
+    assert not config.enable_prefix_caching
+    assert config.enable_reflection
+    assert config.executor_addresses == ("127.0.0.1:1", "127.0.0.1:2")
+
+
+def test_a_switch_can_be_turned_off_by_flag() -> None:
+    config = parse_config(["--model=m", "--no-enable-prefix-caching"], {})
+    assert not config.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--model is missing"),
+        (["--model", "m", "--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--model", "m", "--max-num-seqs", "1e3"], "--max-num-seqs"),
+        (["--model", "m", "--max-num-seqs", "²"], "--max-num-seqs"),
+        (["--model", "m", "--max-num-seqs", "9" * 5000], "--max-num-seqs"),
+        (["--model", "m", "--scheduling-policy", "random"], "fcfs, priority"),
+        (["--model", "m", "--listen", "50051"], "HOST:PORT"),
+        (["--model", "m", "--listen", "127.0.0.1:70000"], "HOST:PORT"),
+        (["--model", "m", "--listen", "0.0.0.0:50051"], "--insecure"),
+        (["--model", "m", "--metrics-listen", "[::]:9464"], "--insecure"),
+        (["--model", "m", "--executor", ""], "--executor"),
+        (["--model", "m", "--executor", "nowhere"], "HOST:PORT"),
+        (["--model", "m", "--unknown"], "--unknown"),
+        (["--model", "m", "--max-num"], "--max-num"),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_names_it(arguments: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(arguments, {})
+    assert named in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_bad_variable_is_named_as_such() -> None:
+    with pytest.raises(ConfigError, match="STEPWIRE_SCHEDULER_MAX_RESUMES"):
+        parse_config(["--model", "m"], {"STEPWIRE_SCHEDULER_MAX_RESUMES": "-1"})
+
+
+def test_other_machines_are_allowed_where_told_so() -> None:
+    config = parse_config(["--model", "m", "--listen", "0.0.0.0:50051", "--insecure"], {})
+    assert config.listen == "0.0.0.0:50051"
+
+
+def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(["--help"], {})
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--max-num-batched-tokens" in shown
+    assert "Most tokens in one step" in shown
