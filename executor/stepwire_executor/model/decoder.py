@@ -1,0 +1,150 @@
+"""One decoder for every model of the Llama family."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stepwire_executor.batch import StepBatch
+from stepwire_executor.kernels.interface import Kernels
+from stepwire_executor.kv_cache import KVCache
+from stepwire_executor.model.config import ModelConfig
+from stepwire_executor.model.layers import (
+    DecoderLayer,
+    HostLayer,
+    pack_layer,
+    read_layer,
+    read_tensor,
+)
+from stepwire_executor.model.rope import cos_sin_table
+from stepwire_executor.model.weights.source import WeightSource
+
+_READERS = 2
+"""Threads that read and dequantise; numpy lets go of the interpreter lock meanwhile."""
+_LAYERS_AHEAD = 3
+"""Layers that may be read before they are packed: bounds the memory that loading adds."""
+ProgressCallback = Callable[[str, float], None]
+"""Called with a phase ("read weights", "pack weights") and the fraction of the whole load."""
+
+
+class Decoder:
+    """Turns a step's tokens into logits, keeping keys and values in a paged cache."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        kernels: Kernels,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        on_progress: ProgressCallback,
+    ) -> None:
+        """Read and pack all weights.
+
+        dtype: of weights and activations. max_model_len: positions that can be rotated.
+        The source must have passed check_tensors. Raises ModelLoadError.
+        """
+        self.config = config
+        self.dtype = dtype
+        self._kernels = kernels
+        self._head_sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self._attention_scale = config.head_dim**-0.5
+        self._cos_sin = cos_sin_table(config.rope, max_model_len, device)
+
+        on_progress("read weights", 0.0)
+        num_parts = config.num_layers + 2  # the embedding and the head weigh about a layer each
+        embedding = read_tensor(source, ["model.embed_tokens.weight"], dtype)
+        layers: list[DecoderLayer] = []
+        for host in _read_ahead(source, config.num_layers, dtype):
+            layers.append(pack_layer(host, config, len(layers), kernels, device))
+            on_progress("read weights", (1 + len(layers)) / num_parts)
+        self._layers = tuple(layers)
+        self._final_norm = read_tensor(source, ["model.norm.weight"], dtype).to(device)
+        self._embedding = embedding.to(device)
+        head = self._embedding
+        if not config.tie_word_embeddings:
+            head = read_tensor(source, ["lm_head.weight"], dtype).to(device)
+        on_progress("pack weights", (num_parts - 1) / num_parts)
+        self._head = kernels.pack_weight(head)
+        on_progress("pack weights", 1.0)
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        return (
+            self._embedding.nbytes
+            + self._final_norm.nbytes
+            + self._head.num_bytes
+            + sum(layer.num_bytes for layer in self._layers)
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """Compute a step: write every token's KV, return the logits that are wanted.
+
+        Returns [num_logit_rows, vocab_size] float32, rows in the order of batch.logit_rows.
+        A row depends on its own sequence only, bit for bit, where kernels.is_row_invariant.
+        """
+        hidden = self._forward_layers(batch, cache)
+        return self._kernels.linear(hidden, self._head, None, torch.float32)
+
+    def _forward_layers(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """Final normalised hidden states of the logit rows: [num_logit_rows, hidden_size]."""
+        kernels = self._kernels
+        rms_norm, linear, silu_and_mul = kernels.rms_norm, kernels.linear, kernels.silu_and_mul
+        rope_and_write_kv, attend = kernels.rope_and_write_kv, kernels.paged_attention
+        eps = self.config.rms_norm_eps
+        head_dim, head_sizes = self.config.head_dim, self._head_sizes
+        scale, cos_sin = self._attention_scale, self._cos_sin
+        num_tokens = batch.token_ids.shape[0]
+        last = len(self._layers) - 1
+
+        residual = functional.embedding(batch.token_ids, self._embedding)
+        hidden: Tensor | None = None  # what the residual stream still lacks
+        for index, (layer, pages) in enumerate(zip(self._layers, cache.layers, strict=True)):
+            if hidden is None:
+                normed = rms_norm(residual, layer.input_norm, eps)
+            else:
+                normed = rms_norm(hidden, layer.input_norm, eps, residual)
+            qkv = linear(normed, layer.qkv.weight, layer.qkv.bias)
+            query, key, value = qkv.view(num_tokens, -1, head_dim).split(head_sizes, dim=1)
+            if layer.query_norm is not None and layer.key_norm is not None:
+                query = rms_norm(query.contiguous(), layer.query_norm, eps)
+                key = rms_norm(key.contiguous(), layer.key_norm, eps)
+            rope_and_write_kv(query, key, value, cos_sin, pages, batch)
+            attended = attend(
+                query, pages, batch, scale=scale, sliding_window=layer.sliding_window
+            ).view(num_tokens, -1)
+            if index == last:  # past the last attention only the logit rows matter
+                attended = attended[batch.logit_rows]
+                residual = residual[batch.logit_rows]
+            output = layer.attention_output
+            hidden = linear(attended, output.weight, output.bias)
+            normed = rms_norm(hidden, layer.mlp_norm, eps, residual)
+            gate_up = linear(normed, layer.gate_up.weight, layer.gate_up.bias)
+            hidden = linear(silu_and_mul(gate_up), layer.down.weight, layer.down.bias)
+        assert hidden is not None, "a model has layers"
+        return rms_norm(hidden, self._final_norm, eps, residual)
+
+
+def _read_ahead(source: WeightSource, num_layers: int, dtype: torch.dtype) -> Iterator[HostLayer]:
+    """Layers in order, the next few already being read by other threads."""
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as readers:
+        pending: deque[Future[HostLayer]] = deque()
+        try:
+            for index in range(num_layers):
+                pending.append(readers.submit(read_layer, source, index, dtype))
+                if len(pending) > _LAYERS_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,161 @@
+"""From a path to a model that computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stepwire_executor.errors import ModelLoadError
+from stepwire_executor.kernels.interface import Kernels
+from stepwire_executor.model.config import ModelConfig
+from stepwire_executor.model.decoder import Decoder, ProgressCallback
+from stepwire_executor.model.gguf_config import read_gguf_config
+from stepwire_executor.model.hf_config import read_hf_config
+from stepwire_executor.model.weights.dummy import DummyWeights
+from stepwire_executor.model.weights.expected import check_tensors
+from stepwire_executor.model.weights.gguf import GGUFWeights
+from stepwire_executor.model.weights.gguf_file import GGUFFile
+from stepwire_executor.model.weights.safetensors import SafetensorsWeights
+from stepwire_executor.model.weights.source import WeightSource
+
+LoadFormat = Literal["auto", "dummy"]
+SUPPORTED_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_DTYPE_OF_TENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A decoder and what the other side must know of it."""
+
+    decoder: Decoder
+    config: ModelConfig
+    dtype: torch.dtype
+    """Of weights and activations."""
+    max_model_len: int
+    """Positions that the decoder can compute, at most config.max_position_embeddings."""
+    weight_bytes: int
+    """On the device, as packed."""
+    fingerprint: str
+    """Equal for equal config, tensors and dtype; 32 hexadecimal digits."""
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: Literal["auto"] | torch.dtype,
+    kernels: Kernels,
+    device: torch.device,
+    max_model_len: int | None = None,
+    load_format: LoadFormat = "auto",
+    on_progress: ProgressCallback | None = None,
+) -> LoadedModel:
+    """Load a Hugging Face directory or a GGUF file.
+
+    dtype "auto" is the checkpoint's, bfloat16 where its weights are quantised. load_format
+    "dummy" needs a config only. Raises ModelLoadError with one line that names the fix.
+    """
+    config, source = open_checkpoint(path, load_format)
+    try:
+        check_tensors(config, source)
+        resolved_dtype = resolve_dtype(dtype, config, source)
+        decoder = Decoder(
+            config,
+            source,
+            kernels,
+            dtype=resolved_dtype,
+            device=device,
+            max_model_len=resolve_max_model_len(max_model_len, config),
+            on_progress=on_progress or (lambda _phase, _fraction: None),
+        )
+        fingerprint = _fingerprint(config, source, resolved_dtype)
+    finally:
+        source.close()
+    return LoadedModel(
+        decoder=decoder,
+        config=config,
+        dtype=resolved_dtype,
+        max_model_len=resolve_max_model_len(max_model_len, config),
+        weight_bytes=decoder.num_weight_bytes,
+        fingerprint=fingerprint,
+    )
+
+
+def open_checkpoint(
+    path: Path, load_format: LoadFormat = "auto"
+) -> tuple[ModelConfig, WeightSource]:
+    """Read a checkpoint's config and headers, no weights. Raises ModelLoadError."""
+    gguf_path = find_gguf(path)
+    source: WeightSource
+    if gguf_path is not None:
+        file = GGUFFile(gguf_path)
+        config = read_gguf_config(file)
+        source = GGUFWeights(file, config)
+    else:
+        config = read_hf_config(path)
+        source = SafetensorsWeights(path) if load_format == "auto" else DummyWeights(config)
+    if load_format == "dummy":
+        source = DummyWeights(config)
+    return config, source
+
+
+def resolve_dtype(
+    dtype: Literal["auto"] | torch.dtype, config: ModelConfig, source: WeightSource
+) -> torch.dtype:
+    """The dtype to compute in: what is asked for, else what the checkpoint was saved in."""
+    if dtype != "auto":
+        return dtype
+    if config.checkpoint_dtype is not None:
+        return SUPPORTED_DTYPES[config.checkpoint_dtype]
+    stored = source.tensors["model.embed_tokens.weight"].dtype
+    return _DTYPE_OF_TENSORS.get(stored, torch.bfloat16)
+
+
+def resolve_max_model_len(asked: int | None, config: ModelConfig) -> int:
+    """The context to serve. Raises ModelLoadError where the model has less than is asked."""
+    if asked is None:
+        return config.max_position_embeddings
+    if not 0 < asked <= config.max_position_embeddings:
+        raise ModelLoadError(
+            f"max_model_len {asked} is not between 1 and the model's context of "
+            f"{config.max_position_embeddings}; lower it"
+        )
+    return asked
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a model path means; None for a Hugging Face directory."""
+    if path.is_file() or path.suffix == ".gguf":
+        return path
+    if not path.is_dir():
+        raise ModelLoadError(
+            f"the model {path.name!r} does not exist; give a directory or a .gguf file"
+        )
+    if (path / "config.json").is_file():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise ModelLoadError(
+            f"the model directory holds {len(found)} GGUF files; give the path of one of them"
+        )
+    return found[0] if found else None
+
+
+def _fingerprint(config: ModelConfig, source: WeightSource, dtype: torch.dtype) -> str:
+    """Hash what changes results, reading only the first bytes of each tensor."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    digest.update(str(dtype).encode())
+    for name, info in sorted(source.tensors.items()):
+        digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+        digest.update(source.sample(name))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,128 @@
+"""Weights from a GGUF file, under their Hugging Face names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stepwire_executor.errors import ModelLoadError
+from stepwire_executor.model.config import ModelConfig
+from stepwire_executor.model.weights.gguf_file import GGUFFile, GGUFTensor
+from stepwire_executor.model.weights.source import TensorInfo
+
+_TOP_LEVEL = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_TOP_LEVEL_TENSOR = re.compile(r"(\w+)\.(weight|bias)")
+_FACTORS = "rope_freqs.weight"
+_ELEMENTS_A_CHUNK = 1 << 15
+"""Dequantised at a time: a float32 chunk of this size stays in a core's cache."""
+
+
+class GGUFWeights:
+    """A WeightSource over a GGUF file."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
+        """config tells how query and key rows were permuted. Raises ModelLoadError."""
+        self._file = file
+        self._by_name = {
+            hf_name(name, file.name): tensor
+            for name, tensor in file.tensors.items()
+            if name != _FACTORS
+        }
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(
+                shape=tensor.shape, dtype=tensor.format.name, num_bytes=tensor.num_bytes
+            )
+            for name, tensor in self._by_name.items()
+        }
+        # Files of architecture "llama" interleave the rotary halves of every query and key head.
+        self._interleaved_heads: dict[str, int] = {}
+        if file.metadata.get("general.architecture") == "llama":
+            self._interleaved_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+
+    def load_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+        """See WeightSource."""
+        tensor = self._by_name[name]
+        rows = self._rows(name, tensor)[first_row : first_row + _num_rows(tensor, out)]
+        num_elements = tensor.format.num_elements
+        blocks_a_row = rows.shape[1]
+        rows_a_chunk = max(1, _ELEMENTS_A_CHUNK // (blocks_a_row * num_elements))
+        target = out.view(len(rows), -1)
+        floats = (
+            None
+            if out.dtype == torch.float32
+            else np.empty((min(rows_a_chunk, len(rows)), target.shape[1]), np.float32)
+        )
+        for start in range(0, len(rows), rows_a_chunk):
+            chunk = rows[start : start + rows_a_chunk]
+            destination = target[start : start + len(chunk)]
+            values = destination.numpy() if floats is None else floats[: len(chunk)]
+            tensor.format.dequantize(chunk.reshape(-1), values.reshape(-1, num_elements))
+            if floats is not None:
+                destination.copy_(torch.from_numpy(values))
+
+    def sample(self, name: str) -> bytes:
+        """See WeightSource."""
+        return self._file.sample(self._by_name[name], 64)
+
+    def close(self) -> None:
+        """See WeightSource."""
+        self._file.close()
+
+    def _rows(self, name: str, tensor: GGUFTensor) -> npt.NDArray[np.void]:
+        """A tensor's rows as blocks, in Hugging Face order."""
+        blocks = self._file.blocks(tensor)
+        num_heads = self._interleaved_heads.get(name.split(".")[-2])
+        if num_heads is None:
+            return blocks
+        if len(tensor.shape) == 1:  # a bias: each element is a row
+            blocks = blocks.reshape(-1, 1)
+        if len(blocks) % (2 * num_heads):
+            raise ModelLoadError(
+                f"{self._file.name}: tensor {tensor.name!r} has {len(blocks)} rows, which "
+                f"{num_heads} heads cannot share; download it again"
+            )
+        halves = blocks.reshape(num_heads, len(blocks) // num_heads // 2, 2, -1)
+        return halves.swapaxes(1, 2).reshape(blocks.shape)
+
+
+def _num_rows(tensor: GGUFTensor, out: Tensor) -> int:
+    return 1 if len(tensor.shape) == 1 else len(out)
+
+
+def hf_name(name: str, file_name: str) -> str:
+    """The Hugging Face name of a GGUF tensor. Raises ModelLoadError where there is none."""
+    if match := _LAYER_TENSOR.fullmatch(name):
+        layer, module, kind = match.groups()
+        if module in _IN_LAYER:
+            return f"model.layers.{layer}.{_IN_LAYER[module]}.{kind}"
+    elif match := _TOP_LEVEL_TENSOR.fullmatch(name):
+        module, kind = match.groups()
+        if module in _TOP_LEVEL:
+            return f"{_TOP_LEVEL[module]}.{kind}"
+    raise ModelLoadError(
+        f"{file_name}: tensor {name!r} belongs to no supported architecture; "
+        "supported: dense models of the llama, qwen2 and qwen3 architectures"
+    )
