@@ -256,6 +256,17 @@ class Planner:
             self._schedule(sequence, num_tokens, plan)
             budget -= num_tokens
 
+    def _awaits_leader(self, sequence: Sequence) -> bool:
+        """Whether another sequence of its request is about to fill blocks that it can share."""
+        leader = sequence.leader
+        return (
+            self.config.enable_prefix_caching
+            and leader is not None
+            and leader.status is SequenceStatus.RUNNING
+            and leader.num_registered_blocks
+            < (sequence.num_prompt_tokens - 1) // self.config.block_size
+        )
+
     def _admit(self, sequence: Sequence, cached: list[int], plan: StepPlan, now_ms: float) -> None:
         for block_id in cached:
             self.block_pool.share(block_id)

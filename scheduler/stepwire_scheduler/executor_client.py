@@ -1,0 +1,299 @@
+"""Speaks the plan stream to the executor ranks of one group."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from stepwire.executor.v1 import executor_pb2, executor_pb2_grpc
+from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
+
+from stepwire_scheduler.errors import ExecutorMismatchError, PlanStreamError
+from stepwire_scheduler.plan import Admission, StepOutcome, StepPlan
+from stepwire_scheduler.sequence import Logprobs
+
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_DESCRIBE_TIMEOUT_S = 5.0
+_EXECUTE_METHOD = "/stepwire.executor.v1.ExecutorService/Execute"
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    # An executor that restarts on its port should be found again within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+# What all ranks of a group must say alike, with the flag that sets it.
+_AGREED_FIELDS = {
+    "model_fingerprint": "--model",
+    "dtype": "--dtype",
+    "kv_cache_dtype": "--kv-cache-dtype",
+    "block_size": "--block-size",
+    "num_blocks": "--num-kv-blocks",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "world_size": "--tensor-parallel-size",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReply:
+    """A step's outcome and how long the executor took over it."""
+
+    epoch: int
+    outcome: StepOutcome
+    execute_ms: float
+    """Prepare, forward and sample together."""
+
+
+class ExecutorGroup:
+    """Connections to every rank of one model."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        """addresses: host:port of each rank, in any order."""
+        self._addresses = tuple(addresses)
+        self._channels = [
+            grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) for address in addresses
+        ]
+        self._stubs = [executor_pb2_grpc.ExecutorServiceStub(c) for c in self._channels]
+
+    async def describe(self) -> list[Description]:
+        """Ask every rank what it is; raises PlanStreamError if one does not answer."""
+        try:
+            return list(
+                await asyncio.gather(
+                    *(
+                        stub.Describe(executor_pb2.DescribeRequest(), timeout=_DESCRIBE_TIMEOUT_S)
+                        for stub in self._stubs
+                    )
+                )
+            )
+        except grpc.aio.AioRpcError as error:
+            raise PlanStreamError(f"no answer: {error.code().name}") from error
+
+    async def open_epoch(self, epoch: int, descriptions: Sequence[Description]) -> PlanStream:
+        """Start an epoch on every rank; raises PlanStreamError."""
+        by_rank = sorted(
+            zip(descriptions, self._channels, strict=True), key=lambda pair: pair[0].rank
+        )
+        stream = PlanStream(epoch, [channel for _, channel in by_rank])
+        await stream.open(descriptions[0].model_fingerprint)
+        return stream
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+
+
+def check_agreement(descriptions: Sequence[Description]) -> Description:
+    """Return rank 0's description of a group whose ranks agree.
+
+    Raises ExecutorMismatchError that names the flag to change.
+    """
+    first = descriptions[0]
+    for other in descriptions[1:]:
+        for field, flag in _AGREED_FIELDS.items():
+            if getattr(other, field) != getattr(first, field):
+                raise ExecutorMismatchError(
+                    f"executors disagree on {field} ({getattr(first, field)} and "
+                    f"{getattr(other, field)}): start them with the same {flag}"
+                )
+    ranks = sorted(description.rank for description in descriptions)
+    if ranks != list(range(first.world_size)):
+        raise ExecutorMismatchError(
+            f"{len(ranks)} executors of rank {', '.join(map(str, ranks))} do not make a group of "
+            f"{first.world_size}: name each rank once in --executor"
+        )
+    return min(descriptions, key=lambda description: description.rank)
+
+
+class PlanStream:
+    """One epoch's Execute streams: the same plans go to every rank, serialised once."""
+
+    def __init__(self, epoch: int, channels: Sequence[grpc.aio.Channel]) -> None:
+        """channels: by rank; rank 0's results count, the others must agree with them."""
+        self.epoch = epoch
+        self._calls = [
+            channel.stream_stream(
+                _EXECUTE_METHOD,
+                request_serializer=_identity,
+                response_deserializer=executor_pb2.ExecuteResponse.FromString,
+            )()
+            for channel in channels
+        ]
+        self._plans: dict[int, StepPlan] = {}
+
+    async def open(self, model_fingerprint: str) -> None:
+        """Send OpenEpoch and wait for every rank's answer."""
+        request = executor_pb2.ExecuteRequest(
+            open_epoch=executor_pb2.OpenEpoch(epoch=self.epoch, model_fingerprint=model_fingerprint)
+        ).SerializeToString()
+        await self._on_all(lambda call: call.write(request))
+        for response in await self._on_all(lambda call: call.read()):
+            if response.epoch_opened.epoch != self.epoch:
+                raise PlanStreamError("an executor opened another epoch")
+
+    async def send(self, plan: StepPlan) -> None:
+        """Send a plan; raises PlanStreamError."""
+        request = serialize_plan(self.epoch, plan)
+        self._plans[plan.step_id] = plan
+        await self._on_all(lambda call: call.write(request))
+
+    async def receive(self) -> StepReply:
+        """Wait for the next step's result from all ranks; raises PlanStreamError."""
+        responses = await self._on_all(lambda call: call.read())
+        result = responses[0].step_result
+        for response in responses[1:]:
+            other = response.step_result
+            if (other.step_id, other.slot_table_checksum) != (
+                result.step_id,
+                result.slot_table_checksum,
+            ):
+                raise PlanStreamError(f"ranks diverged at step {result.step_id}")
+        plan = self._plans.pop(result.step_id, None)
+        if plan is None or result.epoch != self.epoch:
+            raise PlanStreamError(f"a result came for step {result.step_id}, which is not out")
+        timings = result.timings
+        return StepReply(
+            epoch=result.epoch,
+            outcome=parse_result(plan, result),
+            execute_ms=timings.prepare_ms + timings.forward_ms + timings.sample_ms,
+        )
+
+    def cancel(self) -> None:
+        """End the streams; safe to repeat."""
+        for call in self._calls:
+            call.cancel()
+
+    async def _on_all(
+        self, operation: Callable[[Any], Awaitable[Any]]
+    ) -> list[executor_pb2.ExecuteResponse]:
+        try:
+            if len(self._calls) == 1:  # gather costs a task a call
+                replies = [await operation(self._calls[0])]
+            else:
+                replies = await asyncio.gather(*(operation(call) for call in self._calls))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise PlanStreamError(_describe_loss(error)) from error
+        except asyncio.CancelledError:
+            # grpc.aio also raises this where the call, not the caller, was cancelled.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise PlanStreamError("the stream was cancelled") from None
+        if any(reply is grpc.aio.EOF for reply in replies):
+            raise PlanStreamError("an executor ended the stream")
+        return replies
+
+
+def serialize_plan(epoch: int, plan: StepPlan) -> bytes:
+    """Encode a plan as an ExecuteRequest."""
+    return executor_pb2.ExecuteRequest(
+        step_plan=executor_pb2.StepPlan(
+            epoch=epoch,
+            step_id=plan.step_id,
+            released_slots=plan.released_slots,
+            admissions=[_encode_admission(admission) for admission in plan.admissions],
+            appended_slots=plan.appended_slots,
+            appended_block_ids=plan.appended_block_ids,
+            work_slots=plan.work_slots,
+            work_num_tokens=plan.work_num_tokens,
+        )
+    ).SerializeToString()
+
+
+def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome:
+    """Line a result up with the sequences that its plan sampled.
+
+    Raises PlanStreamError where the slots are not those that the plan asked for.
+    """
+    failures = {failure.slot: failure.reason for failure in result.failures}
+    # Slots as they were when the plan was made: a sequence may have left its slot since.
+    slot_of_work = dict(zip(map(id, plan.work_sequences), plan.work_slots, strict=True))
+    expected = [slot_of_work[id(sequence)] for sequence in plan.sampled_sequences]
+    sampled = list(result.sampled_slots)
+    if not failures.keys() <= set(plan.work_slots):
+        raise PlanStreamError(f"step {plan.step_id} failed slots that it was not given")
+    if sampled != [slot for slot in expected if slot not in failures]:
+        raise PlanStreamError(f"step {plan.step_id} sampled other slots than it was asked to")
+    if any(count != 1 for count in result.num_sampled_tokens) or len(
+        result.sampled_token_ids
+    ) != len(sampled):
+        raise PlanStreamError(f"step {plan.step_id} sampled another number of tokens")
+    token_ids = list(result.sampled_token_ids)
+    if failures:
+        by_slot = dict(zip(sampled, token_ids, strict=True))
+        token_ids = [by_slot.get(slot, 0) for slot in expected]
+    return StepOutcome(
+        step_id=plan.step_id,
+        sampled_token_ids=token_ids,
+        logprobs=_parse_logprobs(plan, expected, failures, result) if result.logprobs else [],
+        failures=failures,
+    )
+
+
+def _parse_logprobs(
+    plan: StepPlan,
+    slots: list[int],
+    failures: dict[int, str],
+    result: executor_pb2.StepResult,
+) -> list[Logprobs | None]:
+    entries = iter(result.logprobs)
+    parsed: list[Logprobs | None] = []
+    for slot, sequence in zip(slots, plan.sampled_sequences, strict=True):
+        if slot in failures or sequence.request.sampling_params.num_logprobs is None:
+            parsed.append(None)
+            continue
+        entry = next(entries, None)
+        if entry is None:
+            raise PlanStreamError(f"step {plan.step_id} lacks log-probabilities")
+        parsed.append(
+            Logprobs(
+                token_id=entry.token_id,
+                logprob=entry.logprob,
+                rank=entry.rank,
+                top_token_ids=tuple(entry.top_token_ids),
+                top_logprobs=tuple(entry.top_logprobs),
+            )
+        )
+    return parsed
+
+
+def _encode_admission(admission: Admission) -> executor_pb2.Admission:
+    params = admission.sampling_params
+    return executor_pb2.Admission(
+        slot=admission.slot,
+        token_ids=admission.token_ids,
+        num_prompt_tokens=admission.num_prompt_tokens,
+        num_computed_tokens=admission.num_computed_tokens,
+        block_ids=admission.block_ids,
+        sampling_params=executor_pb2.SamplingParams(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=params.seed,
+            stream=admission.stream,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=dict(params.logit_bias),
+            min_tokens=params.min_tokens,
+            suppressed_token_ids=admission.suppressed_token_ids,
+            num_logprobs=params.num_logprobs,
+        ),
+    )
+
+
+def _describe_loss(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return type(error).__name__
+
+
+def _identity(message: bytes) -> bytes:
+    return message
