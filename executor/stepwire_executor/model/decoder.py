@@ -114,7 +114,9 @@ class Decoder:
             else:
                 normed = rms_norm(hidden, layer.input_norm, eps, residual)
             qkv = linear(normed, layer.qkv.weight, layer.qkv.bias)
-            query, key, value = qkv.view(num_tokens, -1, head_dim).split(head_sizes, dim=1)
+            query, key, value = qkv.view(num_tokens, -1, head_dim).split_with_sizes(
+                head_sizes, dim=1
+            )
             if layer.query_norm is not None and layer.key_norm is not None:
                 query = rms_norm(query.contiguous(), layer.query_norm, eps)
                 key = rms_norm(key.contiguous(), layer.key_norm, eps)

@@ -17,6 +17,7 @@ from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.decoder import Decoder, ProgressCallback
 from stepwire_executor.model.gguf_config import read_gguf_config
 from stepwire_executor.model.hf_config import read_hf_config
+from stepwire_executor.model.locate import find_gguf
 from stepwire_executor.model.weights.dummy import DummyWeights
 from stepwire_executor.model.weights.expected import check_tensors
 from stepwire_executor.model.weights.gguf import GGUFWeights
@@ -130,24 +131,6 @@ def resolve_max_model_len(asked: int | None, config: ModelConfig) -> int:
             f"{config.max_position_embeddings}; lower it"
         )
     return asked
-
-
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a model path means; None for a Hugging Face directory."""
-    if path.is_file() or path.suffix == ".gguf":
-        return path
-    if not path.is_dir():
-        raise ModelLoadError(
-            f"the model {path.name!r} does not exist; give a directory or a .gguf file"
-        )
-    if (path / "config.json").is_file():
-        return None
-    found = sorted(path.glob("*.gguf"))
-    if len(found) > 1:
-        raise ModelLoadError(
-            f"the model directory holds {len(found)} GGUF files; give the path of one of them"
-        )
-    return found[0] if found else None
 
 
 def _fingerprint(config: ModelConfig, source: WeightSource, dtype: torch.dtype) -> str:

@@ -63,8 +63,10 @@ def _q4_1(blocks: Blocks, out: Floats) -> None:
 
 def _fifth_bits(bits: npt.NDArray[np.uint32]) -> Codes:
     """Bit i of each word is worth 16 in element i: [n] to [n, 32]."""
-    shifted = bits[:, None] >> np.arange(32, dtype=np.uint32)
-    return (shifted.astype(np.uint8) & 1) << 4
+    fifth = (bits[:, None] >> np.arange(32, dtype=np.uint32)).astype(np.uint8)
+    fifth &= 1
+    fifth <<= 4
+    return fifth
 
 
 def _q5_0(blocks: Blocks, out: Floats) -> None:
