@@ -1,7 +1,13 @@
 """What can go wrong in an executor.
 
 ExecutorError
-└── ModelLoadError    the model cannot be served as it is; one line that names the fix
+├── ConfigError        a flag or environment variable is wrong
+├── ListenError        the address cannot be served
+├── ModelLoadError     the model or its memory cannot be had
+└── PlanError          a step plan contradicts the executor's state; ends the epoch
+    └── PlanOrderError     a plan of another epoch, or out of order
+
+Messages are one line, name the fix and hold nothing internal: they reach the peer.
 """
 
 from __future__ import annotations
@@ -11,9 +17,30 @@ class ExecutorError(Exception):
     """Base of every error that an executor raises on purpose."""
 
 
+class ConfigError(ExecutorError):
+    """Flags or environment variables are wrong."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        """Keep one line for each bad setting."""
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class ListenError(ExecutorError):
+    """The listen address cannot be bound."""
+
+
 class ModelLoadError(ExecutorError):
-    """The model's files are missing, damaged or of a kind that is not supported.
+    """The model's files are missing, damaged, unsupported, or do not fit in memory.
 
     The message is one line for the operator and names the fix; it is safe to send to a client,
     so it names files but not where they are.
     """
+
+
+class PlanError(ExecutorError):
+    """A plan contradicts the slot table; applying it would be undefined."""
+
+
+class PlanOrderError(PlanError):
+    """A plan came outside its epoch or out of sequence."""

@@ -1,0 +1,67 @@
+"""`python -m stepwire_executor`: one executor rank."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine, MutableMapping, Sequence
+from typing import Any
+
+from stepwire_executor.config import ExecutorConfig, parse_config
+from stepwire_executor.errors import ConfigError, ListenError
+from stepwire_executor.host import usable_cores
+
+USAGE_STATUS = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the settings, serve, and return the exit status."""
+    try:
+        config = parse_config(sys.argv[1:] if argv is None else argv, os.environ)
+    except ConfigError as error:
+        for problem in error.problems:
+            _complain(problem)
+        return USAGE_STATUS
+    set_thread_environment(config, os.environ)
+    # Imported after the environment is set and the flags are known to be good.
+    from stepwire_executor.logs import configure_logs
+    from stepwire_executor.server import serve
+
+    configure_logs(config.log_level)
+    try:
+        return _run(serve(config))
+    except ListenError as error:
+        _complain(str(error))
+        return 1
+
+
+def set_thread_environment(config: ExecutorConfig, environ: MutableMapping[str, str]) -> None:
+    """Tell OpenMP, which reads its environment once, when it is loaded, how to use the cores.
+
+    What the operator set stays.
+    """
+    num_threads = config.num_threads or usable_cores()
+    environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+    # Idle threads would otherwise spin on cores that the scheduler and the event loop need.
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _run(serving: Coroutine[Any, Any, int]) -> int:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(serving)
+    return uvloop.run(serving)
+
+
+def _complain(problem: str) -> None:
+    print(f"stepwire-executor: {problem}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a compute thread stuck in native code would hold up the interpreter's end.
+    os._exit(status)

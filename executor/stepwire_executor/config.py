@@ -1,0 +1,278 @@
+"""Settings of one executor process: flags, then environment, then defaults."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, NoReturn, cast
+
+from stepwire_executor.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "STEPWIRE_EXECUTOR_"
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDtypeName = Literal["auto", "fp8"]
+KernelsName = Literal["auto", "native", "reference"]
+LoadFormat = Literal["auto", "dummy"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _integer(*, low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"must be a whole number, not {text!r}") from None
+        if not low <= value <= high:
+            raise ValueError(f"must be between {low} and {high}, not {value}")
+        return value
+
+    return parse
+
+
+def _power_of_two(*, low: int, high: int) -> Callable[[str], int]:
+    parse_integer = _integer(low=low, high=high)
+
+    def parse(text: str) -> int:
+        value = parse_integer(text)
+        if value & (value - 1):
+            raise ValueError(f"must be a power of two, not {value}")
+        return value
+
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}, not {text!r}")
+        return text
+
+    return parse
+
+
+def _boolean(text: str) -> bool:
+    lowered = text.lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError(f"must be true or false, not {text!r}")
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
+def _address(text: str) -> str:
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65_535:
+        raise ValueError(f"must be HOST:PORT with a port up to 65535, not {text!r}")
+    return text
+
+
+def _setting(parse: Callable[[str], Any], help_text: str, *, metavar: str = "N") -> dict[str, Any]:
+    return {"parse": parse, "help": help_text, "metavar": metavar}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorConfig:
+    """What the operator chose; limits that the model or the memory sets come later."""
+
+    model: str = field(
+        metadata=_setting(_path, "directory or .gguf file of the model", metavar="PATH")
+    )
+    """Directory with config.json and safetensors, or with one GGUF file; or a GGUF file."""
+    listen: str = field(
+        default="127.0.0.1:50061",
+        metadata=_setting(
+            _address, "address to serve gRPC on; port 0 picks a free one", metavar="HOST:PORT"
+        ),
+    )
+    """HOST:PORT of the gRPC server."""
+    insecure: bool = field(
+        default=False,
+        metadata=_setting(_boolean, "allow an address beyond loopback, without authentication"),
+    )
+    """Whether an address that others can reach may be served in plain text."""
+    dtype: DtypeName = field(
+        default="auto",
+        metadata=_setting(
+            _one_of("auto", "float32", "bfloat16", "float16"),
+            "what to compute in; auto is the checkpoint's",
+            metavar="DTYPE",
+        ),
+    )
+    """Dtype of activations and of unquantised weights."""
+    kv_cache_dtype: KVCacheDtypeName = field(
+        default="auto",
+        metadata=_setting(
+            _one_of("auto", "fp8"), "dtype of KV pages; auto is the model's", metavar="DTYPE"
+        ),
+    )
+    """Dtype of KV pages."""
+    block_size: int = field(
+        default=16,
+        metadata=_setting(_power_of_two(low=1, high=256), "tokens a KV block, a power of two"),
+    )
+    """Tokens a KV block."""
+    max_num_seqs: int = field(
+        default=64,
+        metadata=_setting(_integer(low=1, high=4_096), "most sequences in the slot table"),
+    )
+    """Rows of the slot table."""
+    max_num_batched_tokens: int = field(
+        default=2_048, metadata=_setting(_integer(low=1, high=131_072), "most tokens a step")
+    )
+    """Most tokens a step, over all sequences; bounds the activations' memory."""
+    max_model_len: int | None = field(
+        default=None,
+        metadata=_setting(_integer(low=1, high=16_777_216), "longest sequence in tokens"),
+    )
+    """Longest sequence in tokens, prompt and output; None is the model's own context."""
+    kv_cache_memory_bytes: int | None = field(
+        default=None, metadata=_setting(_integer(low=1, high=1 << 50), "memory of the KV pool")
+    )
+    """Bytes of the KV pool; None chooses from max_num_seqs and the memory available."""
+    num_kv_blocks: int | None = field(
+        default=None,
+        metadata=_setting(_integer(low=1, high=(1 << 31) - 1), "blocks of the KV pool"),
+    )
+    """Blocks of the KV pool; at most one of this and kv_cache_memory_bytes."""
+    kernels: KernelsName = field(
+        default="auto",
+        metadata=_setting(
+            _one_of("auto", "native", "reference"),
+            "which kernels to run; auto takes the fastest that work here",
+            metavar="NAME",
+        ),
+    )
+    """Family of kernels."""
+    num_threads: int | None = field(
+        default=None,
+        metadata=_setting(
+            _integer(low=1, high=1_024), "threads that compute; default: usable cores"
+        ),
+    )
+    """Threads that compute; None is the number of cores this process may use."""
+    load_format: LoadFormat = field(
+        default="auto",
+        metadata=_setting(
+            _one_of("auto", "dummy"),
+            "dummy fills weights with noise instead of reading them",
+            metavar="FORMAT",
+        ),
+    )
+    """Where weights come from."""
+    log_level: LogLevel = field(
+        default="info",
+        metadata=_setting(
+            _one_of("debug", "info", "warning", "error"),
+            "least level that is logged",
+            metavar="LEVEL",
+        ),
+    )
+    """Least level that is logged."""
+
+    @property
+    def host(self) -> str:
+        """Host of listen, without an IPv6 address's brackets."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach listen."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError((message,))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="python -m stepwire_executor",
+        description="Loads a model and runs the step plans that a scheduler streams to it.",
+        epilog=f"Each flag can be set as {ENVIRONMENT_PREFIX}<FLAG>, for example "
+        f"{ENVIRONMENT_PREFIX}MAX_NUM_SEQS=32; the command line wins.",
+        allow_abbrev=False,
+        argument_default=None,
+    )
+    for each in fields(ExecutorConfig):
+        default = "" if each.default in (MISSING, None) else f" (default: {each.default})"
+        help_text = each.metadata["help"].replace("%", "%%") + default
+        if each.metadata["parse"] is _boolean:
+            parser.add_argument(
+                _flag(each.name), action="store_const", const="true", help=help_text
+            )
+        else:
+            parser.add_argument(_flag(each.name), metavar=each.metadata["metavar"], help=help_text)
+    return parser
+
+
+def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> ExecutorConfig:
+    """Read the settings.
+
+    argv: arguments after the program's name.
+    Raises ConfigError with one line for each bad setting; SystemExit for --help.
+    """
+    arguments = vars(_parser().parse_args(argv))
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for each in fields(ExecutorConfig):
+        source, text = _flag(each.name), arguments[each.name]
+        if text is None:
+            source = ENVIRONMENT_PREFIX + each.name.upper()
+            text = environ.get(source)
+        if text is None:
+            if each.default is MISSING:
+                problems.append(f"{_flag(each.name)} is required")
+            continue
+        parse = cast(Callable[[str], Any], each.metadata["parse"])
+        try:
+            values[each.name] = parse(text)
+        except ValueError as error:
+            problems.append(f"{source} {error}")
+    if not problems:
+        config = ExecutorConfig(**values)
+        problems.extend(_contradictions(config))
+        if not problems:
+            return config
+    raise ConfigError(tuple(problems))
+
+
+def _contradictions(config: ExecutorConfig) -> list[str]:
+    problems = []
+    if config.kv_cache_memory_bytes is not None and config.num_kv_blocks is not None:
+        problems.append("--kv-cache-memory-bytes and --num-kv-blocks exclude each other: drop one")
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        problems.append(
+            f"--max-num-batched-tokens must be at least --max-num-seqs ({config.max_num_seqs}), "
+            f"not {config.max_num_batched_tokens}"
+        )
+    if not config.is_loopback and not config.insecure:
+        problems.append(
+            f"--listen {config.listen} is beyond loopback and nothing authenticates peers: "
+            "listen on 127.0.0.1, or add --insecure on a network you trust"
+        )
+    return problems
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that num_tokens tokens need."""
+    return math.ceil(num_tokens / block_size)

@@ -1,0 +1,193 @@
+"""Sampling parameters of every slot, held so that a step gathers them by index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from stepwire.executor.v1.executor_pb2 import Admission, SamplingParams
+from torch import Tensor
+
+from stepwire_executor.errors import PlanError
+from stepwire_executor.kernels.interface import RowAdjustments, SamplingBatch
+from stepwire_executor.slots import Int64Array
+
+NO_LOGPROBS = -1
+
+
+class TokenCounts:
+    """Distinct tokens of one sequence and how often each was generated; grows in place."""
+
+    def __init__(self, token_ids: Int64Array, num_prompt_tokens: int) -> None:
+        """Count token_ids [num_tokens], of which the first num_prompt_tokens are the prompt."""
+        distinct, inverse = np.unique(token_ids, return_inverse=True)
+        generated = np.bincount(inverse[num_prompt_tokens:], minlength=distinct.size)
+        self._num_seen = distinct.size
+        self._ids = np.zeros(2 * distinct.size + 64, np.int64)
+        self._counts = np.zeros(self._ids.size, np.float32)
+        self._ids[: distinct.size] = distinct
+        self._counts[: distinct.size] = generated
+        self._row_of = {token_id: row for row, token_id in enumerate(distinct.tolist())}
+
+    def add(self, token_id: int) -> None:
+        """Count one generated token."""
+        row = self._row_of.setdefault(token_id, self._num_seen)
+        if row == self._num_seen:
+            if row == self._ids.size:
+                self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._ids[row] = token_id
+            self._num_seen += 1
+        self._counts[row] += 1
+
+    @property
+    def seen_token_ids(self) -> Tensor:
+        """[num_seen] int64, distinct; a view that the next add may change."""
+        return torch.from_numpy(self._ids[: self._num_seen])
+
+    @property
+    def output_counts(self) -> Tensor:
+        """[num_seen] float32; a view that the next add may change."""
+        return torch.from_numpy(self._counts[: self._num_seen])
+
+
+class _Adjusted:
+    """What a slot whose logits are adjusted needs beside its row of the arrays."""
+
+    def __init__(self, params: SamplingParams, counts: TokenCounts | None) -> None:
+        self.counts = counts
+        self.min_tokens = params.min_tokens
+        self.repetition_penalty = params.repetition_penalty
+        self.presence_penalty = params.presence_penalty
+        self.frequency_penalty = params.frequency_penalty
+        bias = params.logit_bias
+        self.bias_token_ids = torch.tensor(list(bias.keys()), dtype=torch.int64) if bias else None
+        self.bias_values = torch.tensor(list(bias.values()), dtype=torch.float32) if bias else None
+        suppressed = list(params.suppressed_token_ids) if params.min_tokens else []
+        self.suppressed = torch.tensor(suppressed, dtype=torch.int64) if suppressed else None
+
+
+class SamplingState:
+    """Sampling parameters by slot."""
+
+    def __init__(self, *, max_num_seqs: int, vocab_size: int) -> None:
+        """Make a state of empty slots."""
+        self._vocab_size = vocab_size
+        self._temperature = np.zeros(max_num_seqs, np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int32)
+        self._top_p = np.ones(max_num_seqs, np.float32)
+        self._min_p = np.zeros(max_num_seqs, np.float32)
+        self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._streams = np.zeros(max_num_seqs, np.int64)
+        self._num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
+        self._adjusted: dict[int, _Adjusted] = {}
+
+    def clear(self) -> None:
+        """Forget every slot."""
+        self._adjusted.clear()
+
+    def release(self, slots: Int64Array) -> None:
+        """Forget slots."""
+        if self._adjusted:
+            for slot in slots.tolist():
+                self._adjusted.pop(slot, None)
+
+    def admit(self, admission: Admission, token_ids: Int64Array) -> None:
+        """Take the parameters of a sequence; token_ids: [num_tokens], prompt and output.
+
+        Raises PlanError for parameters that no scheduler sends.
+        """
+        slot, params = admission.slot, admission.sampling_params
+        problem = _problem_in(params, self._vocab_size)
+        if problem is not None:
+            raise PlanError(f"admission to slot {slot}: {problem}")
+        self._temperature[slot] = params.temperature
+        self._top_k[slot] = min(params.top_k, self._vocab_size)
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._seeds[slot] = params.seed
+        self._streams[slot] = params.stream
+        asked = params.HasField("num_logprobs")
+        self._num_logprobs[slot] = params.num_logprobs if asked else NO_LOGPROBS
+        is_penalised = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        if is_penalised or params.logit_bias or (params.min_tokens and params.suppressed_token_ids):
+            counts = TokenCounts(token_ids, admission.num_prompt_tokens) if is_penalised else None
+            self._adjusted[slot] = _Adjusted(params, counts)
+
+    def gather(
+        self, slots: Int64Array, positions: Int64Array, num_generated: Int64Array
+    ) -> SamplingBatch:
+        """Make the batch that samples slots; all arguments [num_rows].
+
+        positions: of the token to sample; num_generated: tokens generated before it.
+        """
+        adjustments: list[RowAdjustments] = []
+        if self._adjusted:
+            for row, slot in enumerate(slots.tolist()):
+                adjusted = self._adjusted.get(slot)
+                if adjusted is not None:
+                    adjustments.append(_row_adjustments(row, adjusted, int(num_generated[row])))
+        return SamplingBatch(
+            temperature=torch.from_numpy(self._temperature[slots]),
+            top_k=torch.from_numpy(self._top_k[slots]),
+            top_p=torch.from_numpy(self._top_p[slots]),
+            min_p=torch.from_numpy(self._min_p[slots]),
+            seeds=torch.from_numpy(self._seeds[slots].view(np.int64)),
+            positions=torch.from_numpy(positions),
+            streams=torch.from_numpy(self._streams[slots]),
+            num_logprobs=tuple(self._num_logprobs[slots].tolist()),
+            adjustments=tuple(adjustments),
+        )
+
+    def count(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Take what was generated, one token a slot."""
+        if self._adjusted:
+            for slot, token_id in zip(slots, token_ids, strict=True):
+                adjusted = self._adjusted.get(slot)
+                if adjusted is not None and adjusted.counts is not None:
+                    adjusted.counts.add(token_id)
+
+
+def _row_adjustments(row: int, adjusted: _Adjusted, num_generated: int) -> RowAdjustments:
+    counts = adjusted.counts
+    return RowAdjustments(
+        row=row,
+        bias_token_ids=adjusted.bias_token_ids,
+        bias_values=adjusted.bias_values,
+        repetition_penalty=adjusted.repetition_penalty,
+        presence_penalty=adjusted.presence_penalty,
+        frequency_penalty=adjusted.frequency_penalty,
+        seen_token_ids=None if counts is None else counts.seen_token_ids,
+        output_counts=None if counts is None else counts.output_counts,
+        suppressed_token_ids=adjusted.suppressed if num_generated < adjusted.min_tokens else None,
+    )
+
+
+def _problem_in(params: SamplingParams, vocab_size: int) -> str | None:
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        return f"temperature {params.temperature} must be finite and at least 0"
+    if not 0 < params.top_p <= 1:
+        return f"top_p {params.top_p} must be in (0, 1]"
+    if not 0 <= params.min_p <= 1:
+        return f"min_p {params.min_p} must be in [0, 1]"
+    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0):
+        return f"repetition_penalty {params.repetition_penalty} must be finite and above 0"
+    if not math.isfinite(params.presence_penalty):
+        return "presence_penalty must be finite"
+    if not math.isfinite(params.frequency_penalty):
+        return "frequency_penalty must be finite"
+    if any(not math.isfinite(value) for value in params.logit_bias.values()):
+        return "logit_bias must be finite"
+    if max(params.logit_bias, default=0) >= vocab_size:
+        return f"logit_bias names a token beyond the vocabulary of {vocab_size}"
+    if max(params.suppressed_token_ids, default=0) >= vocab_size:
+        return f"suppressed_token_ids names a token beyond the vocabulary of {vocab_size}"
+    if params.num_logprobs > vocab_size:
+        return f"num_logprobs {params.num_logprobs} is more than the vocabulary of {vocab_size}"
+    return None

@@ -1,0 +1,276 @@
+"""The slot table: what an executor knows of each admitted sequence.
+
+Derived state: the scheduler can rebuild all of it by admitting its sequences again. Per-slot
+values are rows of arrays, so that a step over many sequences costs a few array operations.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from stepwire.executor.v1.executor_pb2 import Admission, StepPlan
+
+from stepwire_executor.config import blocks_for
+from stepwire_executor.errors import PlanError
+
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """The checked work list of one step; rows of failed slots are left out."""
+
+    slots: Int64Array
+    """[num_seqs], distinct."""
+    starts: Int64Array
+    """[num_seqs], position of each sequence's first query token."""
+    ends: Int64Array
+    """[num_seqs], tokens of context including this step's."""
+    is_sampled: BoolArray
+    """[num_seqs], whether the work reaches the end of the tokens known."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of the step."""
+        return int((self.ends - self.starts).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppliedPlan:
+    """What is left to do of a plan once the table has taken its delta."""
+
+    released_slots: Int64Array
+    """Slots whose sequence left; one of them may be among the admissions."""
+    admissions: tuple[Admission, ...]
+    """Sequences that joined, as the plan had them."""
+    copy_sources: Int64Array
+    """[num_copies] block ids."""
+    copy_targets: Int64Array
+    """[num_copies] block ids, distinct."""
+    work: StepWork
+
+
+class SlotTable:
+    """Tokens, progress and block table of every slot."""
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int,
+    ) -> None:
+        """Make an empty table; rows take memory only once they are written."""
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.max_blocks_per_seq = blocks_for(max_model_len, block_size)
+        # One more than the longest sequence: the last position still samples a token.
+        self.token_ids: Int32Array = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.block_table: Int32Array = np.full(
+            (max_num_seqs, self.max_blocks_per_seq), -1, np.int32
+        )
+        self.num_tokens: Int64Array = np.zeros(max_num_seqs, np.int64)
+        self.num_prompt_tokens: Int64Array = np.zeros(max_num_seqs, np.int64)
+        self.num_computed_tokens: Int64Array = np.zeros(max_num_seqs, np.int64)
+        self.num_table_blocks: Int64Array = np.zeros(max_num_seqs, np.int64)
+        self.is_occupied: BoolArray = np.zeros(max_num_seqs, np.bool_)
+        self.is_failed: BoolArray = np.zeros(max_num_seqs, np.bool_)
+
+    def clear(self) -> None:
+        """Empty every slot."""
+        self._release(np.flatnonzero(self.is_occupied))
+
+    def apply(self, plan: StepPlan) -> AppliedPlan:
+        """Take releases, admissions and appended blocks, in this order, and check the work.
+
+        Raises PlanError where the plan contradicts the table; the table is then only fit for
+        clear().
+        """
+        released = self._checked_slots(plan.released_slots, "released_slots")
+        self._release(released)
+        admissions = tuple(plan.admissions)
+        for admission in admissions:
+            self._admit(admission)
+        self._append_blocks(plan)
+        sources, targets = self._checked_copies(plan)
+        return AppliedPlan(
+            released_slots=released,
+            admissions=admissions,
+            copy_sources=sources,
+            copy_targets=targets,
+            work=self._checked_work(plan),
+        )
+
+    def complete(self, work: StepWork, sampled_token_ids: Int64Array, is_valid: BoolArray) -> None:
+        """Book a step that ran.
+
+        sampled_token_ids, is_valid: one for each sampled row of work; where not valid the
+        slot has failed: it keeps its place until released, and later work on it is skipped.
+        """
+        self.num_computed_tokens[work.slots] = work.ends
+        sampled = work.slots[work.is_sampled]
+        good = sampled[is_valid]
+        self.token_ids[good, self.num_tokens[good]] = sampled_token_ids[is_valid]
+        self.num_tokens[good] += 1
+        self.is_failed[sampled[~is_valid]] = True
+
+    def checksum(self) -> int:
+        """CRC-32 over (slot, num_tokens, num_computed_tokens) of occupied slots, in slot order.
+
+        Each number is a little-endian int64.
+        """
+        slots = np.flatnonzero(self.is_occupied)
+        rows = np.stack((slots, self.num_tokens[slots], self.num_computed_tokens[slots]), axis=1)
+        return zlib.crc32(rows.astype("<i8").tobytes())
+
+    def _release(self, slots: Int64Array) -> None:
+        self.is_occupied[slots] = False
+        self.is_failed[slots] = False
+        self.num_tokens[slots] = 0
+        self.num_prompt_tokens[slots] = 0
+        self.num_computed_tokens[slots] = 0
+        self.num_table_blocks[slots] = 0
+        self.block_table[slots] = -1
+
+    def _admit(self, admission: Admission) -> None:
+        slot = admission.slot
+        if slot >= self.max_num_seqs:
+            raise PlanError(f"admission to slot {slot}: the table has {self.max_num_seqs} slots")
+        if self.is_occupied[slot]:
+            raise PlanError(f"admission to slot {slot}: it is occupied; release it first")
+        token_ids = _array(admission.token_ids)
+        block_ids = self._checked_blocks(admission.block_ids, f"admission to slot {slot}")
+        num_tokens, num_blocks = token_ids.size, block_ids.size
+        num_computed = admission.num_computed_tokens
+        problem = None
+        if num_tokens == 0:
+            problem = "token_ids is empty"
+        elif num_tokens > self.max_model_len:
+            problem = f"{num_tokens} tokens are more than the limit of {self.max_model_len}"
+        elif token_ids.max() >= self.vocab_size:
+            problem = f"token id {token_ids.max()} is beyond the vocabulary of {self.vocab_size}"
+        elif not 1 <= admission.num_prompt_tokens <= num_tokens:
+            problem = f"num_prompt_tokens {admission.num_prompt_tokens} is not in 1..{num_tokens}"
+        elif num_computed >= num_tokens:
+            problem = f"num_computed_tokens {num_computed} leaves none of {num_tokens} to compute"
+        elif num_blocks > self.max_blocks_per_seq:
+            problem = f"{num_blocks} blocks are more than {self.max_blocks_per_seq} for a sequence"
+        elif num_computed > num_blocks * self.block_size:
+            problem = f"{num_blocks} blocks cannot hold {num_computed} computed tokens"
+        if problem is not None:
+            raise PlanError(f"admission to slot {slot}: {problem}")
+        self.is_occupied[slot] = True
+        self.token_ids[slot, :num_tokens] = token_ids
+        self.num_tokens[slot] = num_tokens
+        self.num_prompt_tokens[slot] = admission.num_prompt_tokens
+        self.num_computed_tokens[slot] = num_computed
+        self.block_table[slot, :num_blocks] = block_ids
+        self.num_table_blocks[slot] = num_blocks
+
+    def _append_blocks(self, plan: StepPlan) -> None:
+        if len(plan.appended_slots) != len(plan.appended_block_ids):
+            raise PlanError("appended_slots and appended_block_ids differ in length")
+        block_ids = self._checked_blocks(plan.appended_block_ids, "appended_block_ids")
+        for slot, block_id in zip(plan.appended_slots, block_ids, strict=True):
+            if slot >= self.max_num_seqs or not self.is_occupied[slot]:
+                raise PlanError(f"appended_slots: slot {slot} holds no sequence")
+            end = self.num_table_blocks[slot]
+            if end >= self.max_blocks_per_seq:
+                raise PlanError(
+                    f"appended_slots: slot {slot} has all {self.max_blocks_per_seq} blocks of a "
+                    "sequence"
+                )
+            self.block_table[slot, end] = block_id
+            self.num_table_blocks[slot] = end + 1
+
+    def _checked_copies(self, plan: StepPlan) -> tuple[Int64Array, Int64Array]:
+        sources = self._checked_blocks(plan.copy_source_block_ids, "copy_source_block_ids")
+        targets = self._checked_blocks(plan.copy_target_block_ids, "copy_target_block_ids")
+        if sources.size != targets.size:
+            raise PlanError("copy_source_block_ids and copy_target_block_ids differ in length")
+        if _has_duplicates(targets):
+            raise PlanError("copy_target_block_ids: a block is written twice")
+        return sources, targets
+
+    def _checked_work(self, plan: StepPlan) -> StepWork:
+        if plan.work_num_drafts or plan.draft_token_ids:
+            # Verification joins here: drafts become query tokens after the last known one.
+            raise PlanError("draft tokens are not supported by this executor: plan without drafts")
+        slots = self._checked_slots(plan.work_slots, "work_slots")
+        num_tokens = _array(plan.work_num_tokens)
+        if slots.size != num_tokens.size:
+            raise PlanError("work_slots and work_num_tokens differ in length")
+        if slots.size and num_tokens.min() == 0:
+            raise PlanError("work_num_tokens: 0 tokens is no work")
+        if num_tokens.sum() > self.max_num_batched_tokens:
+            raise PlanError(
+                f"work_num_tokens: {num_tokens.sum()} tokens are more than the budget of "
+                f"{self.max_num_batched_tokens}"
+            )
+        healthy = ~self.is_failed[slots]
+        if not healthy.all():
+            # Planned before the failure was known; the result has already reported it.
+            slots, num_tokens = slots[healthy], num_tokens[healthy]
+        starts = self.num_computed_tokens[slots]
+        ends = starts + num_tokens
+        known = self.num_tokens[slots]
+        limits = np.minimum(known, self.max_model_len)
+        if (ends > limits).any():
+            row = int(np.argmax(ends > limits))
+            raise PlanError(
+                f"work_num_tokens: slot {slots[row]} has {limits[row] - starts[row]} tokens to "
+                f"compute, not {num_tokens[row]}"
+            )
+        missing = ends > self.num_table_blocks[slots] * self.block_size
+        if missing.any():
+            row = int(np.argmax(missing))
+            raise PlanError(
+                f"work_slots: slot {slots[row]} has {self.num_table_blocks[slots[row]]} blocks, "
+                f"too few for {ends[row]} tokens"
+            )
+        return StepWork(slots=slots, starts=starts, ends=ends, is_sampled=ends == known)
+
+    def _checked_slots(self, values: Iterable[int], name: str) -> Int64Array:
+        slots = _array(values)
+        if slots.size:
+            if slots.max() >= self.max_num_seqs:
+                raise PlanError(
+                    f"{name}: slot {slots.max()} is out of range: the table has "
+                    f"{self.max_num_seqs} slots"
+                )
+            if not self.is_occupied[slots].all():
+                slot = slots[np.argmin(self.is_occupied[slots])]
+                raise PlanError(f"{name}: slot {slot} holds no sequence")
+            if _has_duplicates(slots):
+                raise PlanError(f"{name}: a slot is named twice")
+        return slots
+
+    def _checked_blocks(self, values: Iterable[int], name: str) -> Int64Array:
+        blocks = _array(values)
+        if blocks.size and blocks.max() >= self.num_blocks:
+            raise PlanError(
+                f"{name}: block {blocks.max()} is out of range: the pool has {self.num_blocks}"
+            )
+        return blocks
+
+
+def _array(values: Iterable[int]) -> Int64Array:
+    return np.fromiter(values, np.int64)
+
+
+def _has_duplicates(values: Int64Array) -> bool:
+    return values.size > 1 and np.unique(values).size != values.size

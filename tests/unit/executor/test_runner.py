@@ -1,0 +1,313 @@
+"""Plans in, tokens out: the delta protocol against a decoder that reads its pages back."""
+
+from __future__ import annotations
+
+import pytest
+from executor_fakes import (
+    POISON_TOKEN,
+    FakeExecutor,
+    admission,
+    expected_continuation,
+    make_executor,
+    sampling_params,
+    step,
+)
+from stepwire.executor.v1.executor_pb2 import StepResult
+from stepwire_executor.errors import PlanError, PlanOrderError
+
+PROMPT = [5, 9, 2, 7, 1, 3]
+
+
+@pytest.fixture
+def executor() -> FakeExecutor:
+    executor = make_executor()
+    executor.runner.open_epoch(1)
+    return executor
+
+
+def tokens_of(result: StepResult) -> dict[int, int]:
+    assert list(result.num_sampled_tokens) == [1] * len(result.sampled_slots)
+    return dict(zip(result.sampled_slots, result.sampled_token_ids, strict=True))
+
+
+def decode(executor: FakeExecutor, slot: int, first_step: int, num_steps: int) -> list[int]:
+    return [
+        tokens_of(executor.runner.execute(step(1, first_step + i, {slot: 1})))[slot]
+        for i in range(num_steps)
+    ]
+
+
+def test_a_prompt_is_sent_once_and_decode_feeds_the_executors_own_tokens(
+    executor: FakeExecutor,
+) -> None:
+    joined = step(1, 1, {2: 6}, admissions=[admission(2, PROMPT, [7, 3])])
+    first = tokens_of(executor.runner.execute(joined))[2]
+    second = tokens_of(executor.runner.execute(step(1, 2, {2: 1})))[2]
+    third = tokens_of(executor.runner.execute(step(1, 3, {2: 1})))[2]
+    fourth = tokens_of(executor.runner.execute(step(1, 4, {2: 1}, appended=[(2, 11)])))[2]
+    assert [first, second, third, fourth] == expected_continuation(PROMPT, 4)
+
+
+@pytest.mark.parametrize("chunks", [[6], [1, 5], [4, 2], [2, 2, 2], [1] * 6])
+def test_chunks_of_a_prompt_sample_only_at_its_end_and_change_nothing(
+    executor: FakeExecutor, chunks: list[int]
+) -> None:
+    for index, chunk in enumerate(chunks, start=1):
+        admissions = [admission(0, PROMPT, [9, 4])] if index == 1 else []
+        result = executor.runner.execute(step(1, index, {0: chunk}, admissions=admissions))
+        if index < len(chunks):
+            assert tokens_of(result) == {}
+    assert tokens_of(result) == {0: expected_continuation(PROMPT, 1)[0]}
+
+
+def test_prefill_and_decode_share_a_step_and_results_keep_the_work_lists_order(
+    executor: FakeExecutor,
+) -> None:
+    executor.runner.execute(step(1, 1, {1: 6}, admissions=[admission(1, PROMPT, [0, 1])]))
+    other = [8, 8, 4]
+    result = executor.runner.execute(
+        step(1, 2, {3: 3, 1: 1}, admissions=[admission(3, other, [2])])
+    )
+    assert list(result.sampled_slots) == [3, 1]
+    assert tokens_of(result) == {
+        3: expected_continuation(other, 1)[0],
+        1: expected_continuation(PROMPT, 2)[1],
+    }
+
+
+def test_a_slot_released_by_a_plan_can_be_taken_by_the_same_plan(executor: FakeExecutor) -> None:
+    executor.runner.execute(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+    other = [4, 4]
+    result = executor.runner.execute(
+        step(1, 2, {0: 2}, released=[0], admissions=[admission(0, other, [1])])
+    )
+    assert tokens_of(result) == {0: expected_continuation(other, 1)[0]}
+
+
+def test_copied_pages_hold_what_their_sources_held(executor: FakeExecutor) -> None:
+    executor.runner.execute(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+    # A second sequence shares block 0 and continues in a copy of block 1.
+    fork = [*PROMPT, 60]
+    result = executor.runner.execute(
+        step(
+            1,
+            2,
+            {1: 1, 0: 1},
+            admissions=[admission(1, fork, [0, 5], num_computed_tokens=6)],
+            copies=[(1, 5)],
+        )
+    )
+    assert tokens_of(result) == {
+        1: expected_continuation(fork, 1)[0],
+        0: expected_continuation(PROMPT, 2)[1],
+    }
+
+
+def test_a_cached_prefix_is_not_computed_again(executor: FakeExecutor) -> None:
+    executor.runner.execute(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+    result = executor.runner.execute(
+        step(1, 2, {1: 2}, admissions=[admission(1, PROMPT, [0, 8], num_computed_tokens=4)])
+    )
+    assert tokens_of(result) == {1: expected_continuation(PROMPT, 1)[0]}
+
+
+def test_a_readmitted_sequence_goes_on_with_the_same_tokens(executor: FakeExecutor) -> None:
+    executor.runner.execute(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+    generated = [expected_continuation(PROMPT, 1)[0], *decode(executor, 0, 2, 2)]
+    executor.runner.execute(step(1, 5 - 1, released=[0]))
+    again = admission(3, [*PROMPT, *generated], [9, 8, 7, 6], num_prompt_tokens=6)
+    result = executor.runner.execute(step(1, 5, {3: 9}, admissions=[again]))
+    continued = [tokens_of(result)[3], *decode(executor, 3, 6, 4)]
+    assert generated + continued == expected_continuation(PROMPT, 8)
+
+
+def test_noise_is_keyed_by_the_tokens_place_whatever_the_way_there(executor: FakeExecutor) -> None:
+    params = sampling_params(seed=2**64 - 3, stream=5, temperature=0.5)
+    executor.runner.execute(
+        step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1], params=params)])
+    )
+    decode(executor, 0, 2, 1)
+    tokens = [*PROMPT, *expected_continuation(PROMPT, 1)]
+    executor.runner.execute(
+        step(
+            1,
+            3,
+            {1: 7},
+            admissions=[admission(1, tokens, [2, 3], num_prompt_tokens=6, params=params)],
+        )
+    )
+    prefill, decoded, readmitted = executor.sampler.batches
+    assert prefill.positions.tolist() == [6]
+    assert decoded.positions.tolist() == readmitted.positions.tolist() == [7]
+    for batch in executor.sampler.batches:
+        assert batch.seeds.tolist() == [-3]
+        assert batch.streams.tolist() == [5]
+        assert batch.temperature.tolist() == [0.5]
+
+
+def test_a_row_gets_its_own_slots_parameters(executor: FakeExecutor) -> None:
+    result = executor.runner.execute(
+        step(
+            1,
+            1,
+            {2: 1, 0: 1},
+            admissions=[
+                admission(0, [1], [0], params=sampling_params(top_k=3, num_logprobs=2)),
+                admission(2, [2], [1], params=sampling_params(min_p=0.25)),
+            ],
+        )
+    )
+    (batch,) = executor.sampler.batches
+    assert batch.top_k.tolist() == [0, 3]
+    assert batch.min_p.tolist() == [0.25, 0.0]
+    assert batch.num_logprobs == (-1, 2)
+    assert batch.adjustments == ()
+    (logprobs,) = result.logprobs
+    assert logprobs.token_id == tokens_of(result)[0]
+    assert len(logprobs.top_token_ids) == len(logprobs.top_logprobs) == 2
+
+
+def test_penalties_count_the_prompt_as_seen_and_the_output_as_generated(
+    executor: FakeExecutor,
+) -> None:
+    params = sampling_params(presence_penalty=0.5, frequency_penalty=0.25)
+    params.repetition_penalty = 1.5
+    # As after preemption: two prompt tokens, then 7 and 7 generated.
+    tokens = [3, 7, 7, 7]
+    executor.runner.execute(
+        step(
+            1,
+            1,
+            {0: 4, 1: 1},
+            admissions=[
+                admission(0, tokens, [0, 1], num_prompt_tokens=2, params=params),
+                admission(1, [9], [2]),
+            ],
+        )
+    )
+    sampled = expected_continuation(tokens, 1)[0]
+    executor.runner.execute(step(1, 2, {1: 1, 0: 1}))
+    before, after = executor.sampler.batches
+    (first,), (second,) = before.adjustments, after.adjustments
+    assert (first.row, second.row) == (0, 1)
+    assert (first.repetition_penalty, first.presence_penalty, first.frequency_penalty) == (
+        1.5,
+        0.5,
+        0.25,
+    )
+
+    def counts(adjustment: object) -> dict[int, float]:
+        ids, numbers = adjustment.seen_token_ids, adjustment.output_counts  # type: ignore[attr-defined]
+        return dict(zip(ids.tolist()[: len(numbers)], numbers.tolist(), strict=True))
+
+    assert counts(second) == {3: 0.0, 7: 2.0, sampled: 1.0}
+
+
+def test_bias_and_suppression_apply_to_their_slot_until_min_tokens(executor: FakeExecutor) -> None:
+    params = sampling_params(
+        logit_bias={4: 1.5}, min_tokens=2, suppressed_token_ids=[POISON_TOKEN, 5]
+    )
+    executor.runner.execute(
+        step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1, 2], params=params)])
+    )
+    decode(executor, 0, 2, 2)
+    suppressed = []
+    for batch in executor.sampler.batches:
+        (adjustment,) = batch.adjustments
+        assert adjustment.bias_token_ids is not None
+        assert adjustment.bias_values is not None
+        assert adjustment.bias_token_ids.tolist() == [4]
+        assert adjustment.bias_values.tolist() == [1.5]
+        ids = adjustment.suppressed_token_ids
+        suppressed.append(None if ids is None else ids.tolist())
+    assert suppressed == [[POISON_TOKEN, 5], [POISON_TOKEN, 5], None]
+
+
+def test_a_failed_slot_leaves_its_neighbours_alone_and_later_work_on_it_is_skipped(
+    executor: FakeExecutor,
+) -> None:
+    bad = [POISON_TOKEN, 1]
+    result = executor.runner.execute(
+        step(
+            1,
+            1,
+            {0: 6, 1: 2},
+            admissions=[admission(0, PROMPT, [0, 1]), admission(1, bad, [2])],
+        )
+    )
+    expected = expected_continuation(PROMPT, 2)
+    assert tokens_of(result) == {0: expected[0]}
+    assert [failure.slot for failure in result.failures] == [1]
+    # Already sent before the failure was known, as a pipelining scheduler does.
+    result = executor.runner.execute(step(1, 2, {1: 1, 0: 1}))
+    assert tokens_of(result) == {0: expected[1]}
+    assert not result.failures
+    result = executor.runner.execute(
+        step(1, 3, {1: 1}, released=[1], admissions=[admission(1, [6], [2])])
+    )
+    assert tokens_of(result) == {1: expected_continuation([6], 1)[0]}
+
+
+def test_a_plan_without_work_runs_no_model(executor: FakeExecutor) -> None:
+    result = executor.runner.execute(step(1, 1, admissions=[admission(0, PROMPT, [0, 1])]))
+    assert (result.epoch, result.step_id) == (1, 1)
+    assert executor.decoder.num_forwards == 0
+
+
+def test_the_checksum_follows_every_change_of_progress(executor: FakeExecutor) -> None:
+    plans = [
+        step(1, 1),
+        step(1, 2, admissions=[admission(0, PROMPT, [0, 1, 2])]),
+        step(1, 3, {0: 2}),
+        step(1, 4, {0: 4}),
+        step(1, 5, {0: 1}),
+        step(1, 6, admissions=[admission(1, PROMPT, [3, 4])]),
+        step(1, 7, released=[0]),
+    ]
+    checksums = [executor.runner.execute(plan).slot_table_checksum for plan in plans]
+    assert len(set(checksums)) == len(checksums)
+    twin = make_executor()
+    twin.runner.open_epoch(1)
+    assert [twin.runner.execute(plan).slot_table_checksum for plan in plans] == checksums
+
+
+def test_an_epoch_starts_from_empty_slots_and_step_one(executor: FakeExecutor) -> None:
+    params = sampling_params(presence_penalty=1.0)
+    executor.runner.execute(
+        step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1], params=params)])
+    )
+    executor.runner.open_epoch(2)
+    result = executor.runner.execute(step(2, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+    assert tokens_of(result) == {0: expected_continuation(PROMPT, 1)[0]}
+    assert executor.sampler.batches[-1].adjustments == ()
+
+
+@pytest.mark.parametrize(("epoch", "step_id"), [(1, 3), (1, 1), (1, 0), (0, 2), (2, 2)])
+def test_a_plan_out_of_order_is_refused(executor: FakeExecutor, epoch: int, step_id: int) -> None:
+    executor.runner.execute(step(1, 1))
+    with pytest.raises(PlanOrderError):
+        executor.runner.execute(step(epoch, step_id))
+
+
+def test_no_plan_runs_before_an_epoch_is_open() -> None:
+    with pytest.raises(PlanOrderError, match="no epoch is open"):
+        make_executor().runner.execute(step(0, 1))
+
+
+def test_after_an_error_the_epoch_is_over(executor: FakeExecutor) -> None:
+    with pytest.raises(PlanError):
+        executor.runner.execute(step(1, 1, released=[0]))
+    with pytest.raises(PlanOrderError, match="no epoch is open"):
+        executor.runner.execute(step(1, 2))
+
+
+def test_two_sequences_cannot_write_one_page(executor: FakeExecutor) -> None:
+    clash = [admission(0, [1, 2], [3]), admission(1, [4], [3])]
+    with pytest.raises(PlanError, match="same place"):
+        executor.runner.execute(step(1, 1, {0: 2, 1: 1}, admissions=clash))
+    assert executor.decoder.num_forwards == 0
+
+
+def test_timings_are_filled(executor: FakeExecutor) -> None:
+    result = executor.runner.execute(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+    assert min(result.timings.prepare_ms, result.timings.forward_ms, result.timings.sample_ms) > 0
