@@ -1,0 +1,201 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+import grpc.aio
+from stepwire.scheduler.v1 import generation_pb2 as pb
+from stepwire.scheduler.v1 import generation_pb2_grpc as pb_grpc
+
+from stepwire_client import conversion, readiness
+from stepwire_client.client import CHANNEL_OPTIONS, DEFAULT_ADDRESS, new_request_id
+from stepwire_client.errors import RequestCancelledError, UnavailableError
+from stepwire_client.events import Event, Generation, ModelInfo
+from stepwire_client.params import ChatMessage, Prompt, SamplingParams
+from stepwire_client.rpc_errors import error_from_rpc
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class AsyncGenerationStream(AsyncIterator[Event]):
+    """The events of one request, in order: Queued, Scheduled, Output …, Completed.
+
+    Ends the call when it is closed, used up, left as a context manager, collected, or when the
+    task that waits for an event is cancelled.
+    """
+
+    def __init__(
+        self,
+        call: grpc.aio.UnaryStreamCall[pb.GenerateStreamRequest, pb.GenerateStreamResponse],
+        *,
+        request_id: str,
+        address: str,
+    ) -> None:
+        self.request_id = request_id
+        self._call = call
+        self._responses = aiter(call)
+        self._address = address
+        self._is_cancelled = False
+
+    async def __anext__(self) -> Event:
+        try:
+            return conversion.from_stream_response(await anext(self._responses))
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, address=self._address) from None
+        except asyncio.CancelledError:
+            # grpc.aio raises this both for the task and for its own call.
+            if self._is_cancelled:
+                raise RequestCancelledError("the call was cancelled", code="CANCELLED") from None
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """End the call; the server frees what the request held."""
+        self._is_cancelled = True
+        self._call.cancel()
+
+    async def aclose(self) -> None:
+        """End the call."""
+        self.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+
+class AsyncClient:
+    """Speaks to one scheduler from one event loop."""
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, channel: grpc.aio.Channel | None = None
+    ) -> None:
+        """Connect lazily to host:port; a channel of your own (TLS, interceptors) is not closed."""
+        self.address = address
+        self._owns_channel = channel is None
+        self._channel = channel or grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.GenerationServiceStub(self._channel)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """Generate to the end and return everything; raises RpcError."""
+        message = conversion.to_input(
+            prompt, params, request_id=request_id or new_request_id(), priority=priority
+        )
+        request = pb.GenerateRequest(input=message)
+        return conversion.from_generate_response(
+            await self._call(self._stub.Generate, request, timeout_s)
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerationStream:
+        """Generate and iterate over events as they happen; iteration raises RpcError."""
+        request_id = request_id or new_request_id()
+        message = conversion.to_input(prompt, params, request_id=request_id, priority=priority)
+        call = self._stub.GenerateStream(pb.GenerateStreamRequest(input=message), timeout=timeout_s)
+        return AsyncGenerationStream(call, request_id=request_id, address=self.address)
+
+    async def cancel(self, *request_ids: str, timeout_s: float | None = 10.0) -> list[str]:
+        """End requests; returns the ids of those that were queued or running."""
+        request = pb.CancelRequest(request_ids=request_ids)
+        response = await self._call(self._stub.Cancel, request, timeout_s)
+        return list(response.cancelled_request_ids)
+
+    async def get_model(self, *, timeout_s: float | None = 10.0) -> ModelInfo:
+        """Describe the served model; answers while it still loads."""
+        response = await self._call(self._stub.GetModel, pb.GetModelRequest(), timeout_s)
+        return conversion.from_get_model_response(response)
+
+    async def tokenize(
+        self, prompt: str | Sequence[ChatMessage], *, timeout_s: float | None = 30.0
+    ) -> list[int]:
+        """Return the token ids that generate would see."""
+        request = conversion.to_tokenize_request(prompt)
+        return list((await self._call(self._stub.Tokenize, request, timeout_s)).token_ids)
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        timeout_s: float | None = 30.0,
+    ) -> str:
+        """Return the text of token ids."""
+        request = conversion.to_detokenize_request(
+            token_ids, skip_special_tokens=skip_special_tokens
+        )
+        return (await self._call(self._stub.Detokenize, request, timeout_s)).text
+
+    async def wait_until_ready(
+        self,
+        timeout_s: float = readiness.DEFAULT_READY_TIMEOUT_S,
+        on_progress: Callable[[ModelInfo], None] | None = None,
+    ) -> ModelInfo:
+        """Poll until requests run.
+
+        on_progress sees every answer. Raises DeadlineExceededError when the time is up,
+        UnavailableError when the server is shutting down.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout_s
+        last: ModelInfo | None = None
+        while (remaining_s := deadline - clock()) > 0:
+            try:
+                last = await self.get_model(timeout_s=max(0.1, min(5.0, remaining_s)))
+            except UnavailableError:
+                pass
+            else:
+                if on_progress is not None:
+                    on_progress(last)
+                if readiness.is_ready(last):
+                    return last
+            await asyncio.sleep(readiness.POLL_INTERVAL_S)
+        raise readiness.timed_out(last, timeout_s=timeout_s, address=self.address)
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        if self._owns_channel:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None,
+    ) -> _Response:
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, address=self.address) from None

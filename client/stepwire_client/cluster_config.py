@@ -1,0 +1,108 @@
+"""What a local cluster is made of."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDtype: TypeAlias = Literal["auto", "fp8"]
+KernelChoice: TypeAlias = Literal["auto", "native", "reference"]
+LoadFormat: TypeAlias = Literal["auto", "dummy"]
+SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """One scheduler and one executor on this machine; None leaves a choice to the process."""
+
+    model: Path
+    """Folder of the model, or its .gguf file."""
+    served_model_name: str | None = None
+    """The name that clients see."""
+    dtype: Dtype | None = None
+    """Of weights and activations."""
+    kv_cache_dtype: KVCacheDtype | None = None
+    """Of keys and values; auto is the model's dtype."""
+    block_size: int | None = None
+    """Tokens a KV block."""
+    max_num_seqs: int | None = None
+    """Most sequences that run at once."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens a step."""
+    max_model_len: int | None = None
+    """Most tokens of a sequence, prompt and output together."""
+    kv_cache_memory_bytes: int | None = None
+    """Size of the KV pool in bytes."""
+    num_kv_blocks: int | None = None
+    """Size of the KV pool in blocks."""
+    kernels: KernelChoice | None = None
+    """Which implementation of the operations computes."""
+    num_threads: int | None = None
+    """Threads that compute."""
+    load_format: LoadFormat | None = None
+    """dummy fills the weights with noise, to measure without a model's weights."""
+    scheduling_policy: SchedulingPolicy | None = None
+    """Order of admission."""
+    max_inflight_steps: int | None = None
+    """Step plans sent before their results are back."""
+    enable_prefix_caching: bool | None = None
+    """Whether prompts share the KV blocks of equal beginnings."""
+    listen: str = "127.0.0.1:0"
+    """Where the scheduler listens; port 0 takes a free one."""
+    metrics_listen: str | None = None
+    """Where the scheduler serves Prometheus metrics; None: nowhere."""
+    insecure: bool = False
+    """Lets the scheduler listen beyond loopback, unencrypted."""
+    start_timeout_s: float = 60.0
+    """Time for each process to answer; loading the model is not in it."""
+    stop_timeout_s: float = 5.0
+    """Time for requests to finish and each process to end before it is killed."""
+    executor_command: tuple[str, ...] = (sys.executable, "-m", "stepwire_executor")
+    """How to start an executor."""
+    scheduler_command: tuple[str, ...] = (sys.executable, "-m", "stepwire_scheduler")
+    """How to start a scheduler."""
+
+    def executor_arguments(self, *, listen: str) -> list[str]:
+        """Flags of the executor process."""
+        names = (
+            "dtype",
+            "kv_cache_dtype",
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "kv_cache_memory_bytes",
+            "num_kv_blocks",
+            "kernels",
+            "num_threads",
+            "load_format",
+        )
+        return ["--model", str(self.model), "--listen", listen, *self._flags(names)]
+
+    def scheduler_arguments(self, *, executor: str) -> list[str]:
+        """Flags of the scheduler process; limits that the executor knows come from there."""
+        names = (
+            "served_model_name",
+            "scheduling_policy",
+            "max_inflight_steps",
+            "metrics_listen",
+        )
+        arguments = ["--model", str(self.model), "--executor", executor]
+        arguments += ["--listen", self.listen, *self._flags(names)]
+        if self.enable_prefix_caching is not None:
+            no = "" if self.enable_prefix_caching else "no-"
+            arguments.append(f"--{no}enable-prefix-caching")
+        if self.insecure:
+            arguments.append("--insecure")
+        return arguments
+
+    def _flags(self, names: tuple[str, ...]) -> list[str]:
+        flags: list[str] = []
+        for name in names:
+            value = getattr(self, name)
+            if value is not None:
+                flags += [f"--{name.replace('_', '-')}", str(value)]
+        return flags

@@ -1,0 +1,238 @@
+"""A scheduler and an executor on this machine, started, watched and stopped together."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from stepwire_client import readiness
+from stepwire_client.cache import cache_dir
+from stepwire_client.client import Client
+from stepwire_client.cluster_config import ClusterConfig
+from stepwire_client.errors import (
+    ClusterError,
+    DeadlineExceededError,
+    ProcessExitedError,
+    UnavailableError,
+)
+from stepwire_client.events import ModelInfo
+from stepwire_client.managed_process import ManagedProcess
+
+RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)
+"""Before the first, second, … restart in a row; after the last the cluster gives up."""
+STABLE_AFTER_S = 60.0
+"""An executor that ran this long starts the row anew."""
+MAX_LOGS = 20
+"""Folders of logs that are kept."""
+POLL_INTERVAL_S = 0.05
+
+__all__ = ["ClusterConfig", "LocalCluster"]
+
+
+class LocalCluster:
+    """Two processes and the thread that watches them.
+
+    An executor that ends after the model was ready is started again on its port; the scheduler
+    finds it and goes on. Whatever else ends early ends the cluster, and the next call says why.
+    All processes end with the cluster, with the interpreter, and on Linux with this process
+    however it ends.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, *, on_event: Callable[[str], None] | None = None
+    ) -> None:
+        """on_event gets one line for each restart, in the watching thread."""
+        self.config = config
+        self.log_dir = new_log_dir()
+        self._on_event = on_event or (lambda line: None)
+        self._address: str | None = None
+        self._error: ClusterError | None = None
+        self._is_up = threading.Event()
+        self._was_ready = threading.Event()
+        self._stopping = threading.Event()
+        self._owner_pid = os.getpid()
+        self._processes: dict[str, ManagedProcess] = {}
+        # Children are bound to the thread that starts them (see child_process), so one thread
+        # starts all of them and lives as long as they do.
+        self._thread = threading.Thread(target=self._run, name="stepwire-cluster", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """Of the scheduler, host:port; raises ClusterError before start and after a failure."""
+        self.raise_if_failed()
+        if self._address is None:
+            raise ClusterError("the cluster is not started: call start(), or use it in a `with`")
+        return self._address
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name, "executor" and "scheduler"."""
+        return {name: process.pid for name, process in self._processes.items()}
+
+    def start(self) -> Self:
+        """Start both processes and return once they answer; the model may load for longer.
+
+        Raises ProcessExitedError, StartTimeoutError.
+        """
+        atexit.register(self.stop)
+        self._thread.start()
+        try:
+            while not self._is_up.wait(1.0):
+                pass
+            self.raise_if_failed()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def wait_until_ready(
+        self,
+        timeout_s: float = readiness.DEFAULT_READY_TIMEOUT_S,
+        on_progress: Callable[[ModelInfo], None] | None = None,
+    ) -> ModelInfo:
+        """Poll until requests run; on_progress sees every answer.
+
+        Raises ProcessExitedError as soon as a process ends, with what it said; else as
+        Client.wait_until_ready does.
+        """
+        deadline = time.monotonic() + timeout_s
+        last: ModelInfo | None = None
+        with Client(self.address) as client:
+            while time.monotonic() < deadline:
+                self.raise_if_failed()
+                try:
+                    last = client.get_model(timeout_s=2.0)
+                except (UnavailableError, DeadlineExceededError):
+                    pass
+                else:
+                    if on_progress is not None:
+                        on_progress(last)
+                    if readiness.is_ready(last):
+                        self._was_ready.set()
+                        return last
+                self._stopping.wait(readiness.POLL_INTERVAL_S)
+            raise readiness.timed_out(last, timeout_s=timeout_s, address=self.address)
+
+    def raise_if_failed(self) -> None:
+        """Raise what ended the cluster, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end of the cluster; says whether it ended. Raises what ended it."""
+        self._thread.join(timeout_s)
+        self.raise_if_failed()
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Let requests finish for stop_timeout_s, then end both processes; may be repeated."""
+        if os.getpid() != self._owner_pid:
+            return  # A fork of the owner inherits its atexit calls, not its children.
+        self._stopping.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+        atexit.unregister(self.stop)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        try:
+            self._start_processes()
+            self._is_up.set()
+            self._watch()
+        except ClusterError as error:
+            self._error = error
+        except OSError as error:
+            self._error = ClusterError(f"a process could not be started: {error.strerror or error}")
+        finally:
+            # The scheduler first: it drains, and needs the executor for that.
+            for name in ("scheduler", "executor"):
+                if process := self._processes.get(name):
+                    process.stop(self.config.stop_timeout_s)
+            self._is_up.set()
+
+    def _start_processes(self) -> None:
+        executor = self._start_executor("127.0.0.1:0")
+        executor_address = executor.wait_for_address(self.config.start_timeout_s, self._stopping)
+        if executor_address is None:
+            return
+        self._executor_address = executor_address
+        arguments = self.config.scheduler_arguments(executor=executor_address)
+        scheduler = ManagedProcess(
+            "scheduler",
+            [*self.config.scheduler_command, *arguments],
+            log=self.log_dir / "scheduler.log",
+        )
+        self._processes["scheduler"] = scheduler
+        self._address = scheduler.wait_for_address(self.config.start_timeout_s, self._stopping)
+
+    def _start_executor(self, listen: str) -> ManagedProcess:
+        arguments = self.config.executor_arguments(listen=listen)
+        process = ManagedProcess(
+            "executor",
+            [*self.config.executor_command, *arguments],
+            log=self.log_dir / "executor.log",
+        )
+        self._processes["executor"] = process
+        return process
+
+    def _watch(self) -> None:
+        num_restarts = 0
+        while not self._stopping.wait(POLL_INTERVAL_S):
+            scheduler, executor = self._processes["scheduler"], self._processes["executor"]
+            if scheduler.exit_code() is not None:
+                raise ProcessExitedError(scheduler.describe_exit())
+            if executor.exit_code() is None:
+                continue
+            ended = executor.describe_exit()
+            if time.monotonic() - executor.started_at > STABLE_AFTER_S:
+                num_restarts = 0
+            if not self._was_ready.is_set() or num_restarts == len(RESTART_DELAYS_S):
+                raise ProcessExitedError(ended)
+            executor.stop(0)  # Whatever it left in its group.
+            delay_s = RESTART_DELAYS_S[num_restarts]
+            num_restarts += 1
+            self._on_event(f"{ended}; starting it again in {delay_s:g} s")
+            if self._stopping.wait(delay_s):
+                return
+            self._start_executor(self._executor_address)
+
+
+def new_log_dir() -> Path:
+    """Make a folder for the logs of one cluster; the oldest beyond MAX_LOGS go.
+
+    Except those of processes that still run.
+    """
+    logs = cache_dir() / "logs"
+    folder = logs / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True)
+        for old in sorted(logs.iterdir())[:-MAX_LOGS]:
+            if not _is_running(old.name.rpartition("-")[2]):
+                shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ClusterError(
+            f"{logs} cannot be written ({error.strerror}): set STEPWIRE_CACHE to a folder that can"
+        ) from error
+    return folder
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True

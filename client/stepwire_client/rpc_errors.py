@@ -1,0 +1,92 @@
+"""From a gRPC status and its google.rpc details to the exception tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from stepwire_client import errors
+
+DETAILS_KEY = "grpc-status-details-bin"
+
+ERRORS: dict[grpc.StatusCode, type[errors.RpcError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgumentError,
+    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidArgumentError,
+    grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExistsError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhaustedError,
+    grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
+    grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
+    grpc.StatusCode.ABORTED: errors.AbortedError,
+}
+
+
+def error_from_rpc(status: grpc.RpcError, *, address: str) -> errors.RpcError:
+    """Build the exception for a failed call; address is named where no server answered."""
+    code = status.code()
+    message = status.details() or ""
+    reason = ""
+    violations: list[errors.FieldViolation] = []
+    retry_after_s: float | None = None
+    for detail in _details(status):
+        if isinstance(detail, error_details_pb2.BadRequest):
+            violations += [
+                errors.FieldViolation(field=v.field, description=v.description)
+                for v in detail.field_violations
+            ]
+        elif isinstance(detail, error_details_pb2.RetryInfo):
+            retry_after_s = detail.retry_delay.ToTimedelta().total_seconds()
+        elif isinstance(detail, error_details_pb2.ErrorInfo):
+            reason = detail.reason
+    error_type = ERRORS.get(code, errors.ServerError)
+    if code is grpc.StatusCode.UNAVAILABLE and not reason and _is_transport(message):
+        message = f"no server answers at {address}: start one with `stepwire serve MODEL`"
+    elif code is grpc.StatusCode.UNIMPLEMENTED:
+        message = f"the server at {address} does not speak stepwire.scheduler.v1"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message in ("", "Deadline Exceeded"):
+        message = "the call's time is up: allow more with timeout_s, or ask for fewer tokens"
+    return error_type(
+        message,
+        code=code.name,
+        reason=reason,
+        field_violations=tuple(violations),
+        retry_after_s=retry_after_s,
+    )
+
+
+def _is_transport(message: str) -> bool:
+    """Whether gRPC's own text says that no connection stands; a server's text never does."""
+    signs = ("failed to connect", "connection refused", "connection reset", "dns resolution")
+    return any(sign in message.lower() for sign in signs)
+
+
+def _details(status: grpc.RpcError) -> list[Message]:
+    """Known google.rpc messages in the trailers; what does not parse is left out."""
+    found: list[Message] = []
+    # grpc's stubs and grpc.aio disagree about the type of an entry; both are pairs.
+    metadata = cast("Iterable[tuple[str, str | bytes]]", status.trailing_metadata() or ())
+    for key, value in metadata:
+        if key != DETAILS_KEY or not isinstance(value, bytes):
+            continue
+        try:
+            packed = status_pb2.Status.FromString(value).details
+        except DecodeError:
+            continue
+        for any_message in packed:
+            for kind in (
+                error_details_pb2.BadRequest,
+                error_details_pb2.RetryInfo,
+                error_details_pb2.ErrorInfo,
+            ):
+                if any_message.TypeName() == kind.DESCRIPTOR.full_name:
+                    detail = kind()
+                    try:
+                        any_message.Unpack(detail)
+                    except DecodeError:
+                        continue
+                    found.append(detail)
+    return found
