@@ -21,8 +21,13 @@ class ComputeThread:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job, which must catch its own errors; dropped once stopping."""
+        """Queue a job, which must catch its own errors; dropped after stop."""
         self._jobs.put(job)
+
+    @property
+    def num_queued(self) -> int:
+        """Jobs that wait, beside the one that runs."""
+        return self._jobs.qsize()
 
     @property
     def is_stopping(self) -> bool:
@@ -42,4 +47,4 @@ class ComputeThread:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
-            job = None  # Frees what the job holds while the next is awaited.
+            del job  # Frees what the job holds while the next is awaited.

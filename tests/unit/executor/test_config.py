@@ -1,0 +1,130 @@
+"""Settings: where they come from, and one line for each that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from stepwire_executor.__main__ import main, set_thread_environment
+from stepwire_executor.config import ExecutorConfig, parse_config
+from stepwire_executor.errors import ConfigError
+
+
+def test_the_command_line_wins_over_the_environment_over_the_default() -> None:
+    environ = {
+        "STEPWIRE_EXECUTOR_MODEL": "from-environment",
+        "STEPWIRE_EXECUTOR_BLOCK_SIZE": "32",
+        "STEPWIRE_EXECUTOR_MAX_NUM_SEQS": "8",
+    }
+    config = parse_config(["--max-num-seqs", "4"], environ)
+    assert config == ExecutorConfig(model="from-environment", block_size=32, max_num_seqs=4)
+
+
+def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
+    values = {
+        "model": "m",
+        "listen": "0.0.0.0:1",
+        "insecure": "true",
+        "dtype": "float32",
+        "kv_cache_dtype": "fp8",
+        "block_size": "8",
+        "max_num_seqs": "2",
+        "max_num_batched_tokens": "64",
+        "max_model_len": "100",
+        "num_kv_blocks": "10",
+        "kernels": "reference",
+        "num_threads": "1",
+        "load_format": "dummy",
+        "log_level": "debug",
+    }
+    names = {each.name for each in dataclasses.fields(ExecutorConfig)}
+    assert names == set(values) | {"kv_cache_memory_bytes"}
+    argv = ["--insecure"]
+    for name, value in values.items():
+        if name != "insecure":
+            argv += ["--" + name.replace("_", "-"), value]
+    by_flag = parse_config(argv, {})
+    by_environment = parse_config(
+        [], {f"STEPWIRE_EXECUTOR_{name.upper()}": value for name, value in values.items()}
+    )
+    assert by_flag == by_environment
+    assert all(str(getattr(by_flag, name)).lower() == value for name, value in values.items())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--model", ""),
+        ("--listen", "50061"),
+        ("--listen", "127.0.0.1:port"),
+        ("--listen", "127.0.0.1:65536"),
+        ("--listen", ":1"),
+        ("--dtype", "int8"),
+        ("--kv-cache-dtype", "int4"),
+        ("--block-size", "0"),
+        ("--block-size", "24"),
+        ("--max-num-seqs", "-1"),
+        ("--max-num-seqs", "many"),
+        ("--max-num-batched-tokens", "1e3"),
+        ("--max-model-len", "0"),
+        ("--num-kv-blocks", "0"),
+        ("--kv-cache-memory-bytes", "4GB"),
+        ("--kernels", "fast"),
+        ("--num-threads", "0"),
+        ("--load-format", "pickle"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_its_flag(flag: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(["--model", "m", flag, value], {})
+    (problem,) = caught.value.problems
+    assert problem.startswith(flag + " must")
+    assert "\n" not in problem
+
+
+def test_a_bad_environment_variable_is_named_as_such() -> None:
+    with pytest.raises(ConfigError, match="STEPWIRE_EXECUTOR_BLOCK_SIZE must be"):
+        parse_config(["--model", "m"], {"STEPWIRE_EXECUTOR_BLOCK_SIZE": "x"})
+
+
+def test_all_bad_settings_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(["--block-size", "3", "--kernels", "x"], {})
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--num-kv-blocks", "1", "--kv-cache-memory-bytes", "1"], "exclude each other"),
+        (["--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "at least --max-num-seqs"),
+        (["--listen", "0.0.0.0:1"], "--insecure"),
+        (["--listen", "example.org:1"], "--insecure"),
+        (["--listen", "[::]:1"], "--insecure"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(argv: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse_config(["--model", "m", *argv], {})
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:1", "[::1]:1", "127.9.9.9:1"])
+def test_loopback_needs_no_permission(listen: str) -> None:
+    assert parse_config(["--model", "m", "--listen", listen], {}).listen == listen
+
+
+def test_a_usage_error_exits_with_2_and_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "m", "--block-size", "3", "--dtype", "x"]) == 2
+    assert main(["--model", "m", "--no-such-flag"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("stepwire-executor: ") for line in lines)
+    assert "--no-such-flag" in lines[2]
+
+
+def test_threads_are_set_for_openmp_unless_the_operator_did() -> None:
+    config = parse_config(["--model", "m", "--num-threads", "3"], {})
+    environ = {"OMP_WAIT_POLICY": "ACTIVE"}
+    set_thread_environment(config, environ)
+    assert environ["OMP_NUM_THREADS"] == "3"
+    assert environ["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -1,0 +1,380 @@
+"""Describe and Execute over a loopback server, with a model small enough to predict."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from executor_fakes import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
+    NUM_BLOCKS,
+    VOCAB_SIZE,
+    FakeExecutor,
+    admission,
+    expected_continuation,
+    make_executor,
+    step,
+)
+from grpc import aio
+from stepwire.executor.v1.executor_pb2 import (
+    DescribeRequest,
+    DescribeResponse,
+    ExecuteRequest,
+    ExecuteResponse,
+    LoadState,
+    OpenEpoch,
+    StepPlan,
+    StepResult,
+)
+from stepwire.executor.v1.executor_pb2_grpc import (
+    ExecutorServiceStub,
+    add_ExecutorServiceServicer_to_server,
+)
+from stepwire_executor.compute import ComputeThread
+from stepwire_executor.load_status import LoadStatus, ModelDescription
+from stepwire_executor.service import MAX_OUTSTANDING_PLANS, ExecutorService
+
+PROMPT = [5, 9, 2, 7, 1, 3]
+FINGERPRINT = "f00d"
+DESCRIPTION = ModelDescription(
+    model_fingerprint=FINGERPRINT,
+    architecture="PagedEchoForCausalLM",
+    dtype="float32",
+    kv_cache_dtype="float32",
+    device="cpu",
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=MAX_MODEL_LEN,
+    eos_token_ids=(2, 3),
+    block_size=BLOCK_SIZE,
+    num_blocks=NUM_BLOCKS,
+    max_num_seqs=MAX_NUM_SEQS,
+    max_num_batched_tokens=64,
+    weight_bytes=1,
+    kv_cache_bytes=NUM_BLOCKS * BLOCK_SIZE * 8,
+)
+
+
+class Rank:
+    """A served fake executor."""
+
+    def __init__(self) -> None:
+        self.executor: FakeExecutor = make_executor()
+        self.compute = ComputeThread()
+        self.load = LoadStatus()
+        self.service = ExecutorService(compute=self.compute, load=self.load, instance_id="i-1")
+        self.stub: Any = None
+
+    def become_ready(self) -> None:
+        self.load.succeed(DESCRIPTION)
+        self.service.set_runner(self.executor.runner)
+
+    async def describe(self) -> DescribeResponse:
+        response: DescribeResponse = await self.stub.Describe(DescribeRequest())
+        return response
+
+
+@asynccontextmanager
+async def serving(*, ready: bool = True) -> AsyncIterator[Rank]:
+    rank = Rank()
+    if ready:
+        rank.become_ready()
+    server = aio.server()
+    add_ExecutorServiceServicer_to_server(rank.service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        rank.stub = ExecutorServiceStub(channel)
+        yield rank
+    await server.stop(None)
+    rank.compute.stop()
+    assert await asyncio.to_thread(rank.compute.join, 10)
+
+
+class Stream:
+    """The scheduler's end of one Execute call."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.call = rank.stub.Execute()
+
+    async def send(self, plan: StepPlan) -> None:
+        await self.call.write(ExecuteRequest(step_plan=plan))
+
+    async def receive(self) -> ExecuteResponse:
+        response = await asyncio.wait_for(self.call.read(), 10)
+        assert isinstance(response, ExecuteResponse), await self.status()
+        return response
+
+    async def result(self) -> StepResult:
+        return (await self.receive()).step_result
+
+    async def run(self, plan: StepPlan) -> StepResult:
+        await self.send(plan)
+        return await self.result()
+
+    async def status(self) -> tuple[grpc.StatusCode, str]:
+        code = await asyncio.wait_for(self.call.code(), 10)
+        return code, await self.call.details()
+
+
+async def open_stream(rank: Rank, epoch: int = 1, fingerprint: str = FINGERPRINT) -> Stream:
+    stream = Stream(rank)
+    opening = OpenEpoch(epoch=epoch, model_fingerprint=fingerprint)
+    await stream.call.write(ExecuteRequest(open_epoch=opening))
+    return stream
+
+
+async def opened_stream(rank: Rank, epoch: int = 1) -> Stream:
+    stream = await open_stream(rank, epoch)
+    assert (await stream.receive()).epoch_opened.epoch == epoch
+    return stream
+
+
+class HeldSteps:
+    """Holds every forward pass until told to let go."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._entered, self._gate = threading.Event(), threading.Event()
+        rank.executor.decoder.before_forward = self._hold
+
+    def _hold(self) -> None:
+        self._entered.set()
+        self._gate.wait(10)
+
+    async def entered(self) -> None:
+        assert await asyncio.to_thread(self._entered.wait, 10)
+
+    def release(self) -> None:
+        self._gate.set()
+
+
+@contextmanager
+def held_steps(rank: Rank) -> Iterator[HeldSteps]:
+    held = HeldSteps(rank)
+    try:
+        yield held
+    finally:
+        held.release()
+
+
+def first_step(epoch: int = 1) -> StepPlan:
+    return step(epoch, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1, 2])])
+
+
+async def test_plans_ahead_of_their_results_run_in_order() -> None:
+    async with serving() as rank:
+        stream = await opened_stream(rank)
+        await stream.send(first_step())
+        for step_id in range(2, 6):
+            await stream.send(step(1, step_id, {0: 1}))
+        results = [await stream.result() for _ in range(5)]
+        assert [result.step_id for result in results] == [1, 2, 3, 4, 5]
+        tokens = [result.sampled_token_ids[0] for result in results]
+        assert tokens == expected_continuation(PROMPT, 5)
+        assert results[0].timings.queue_ms > 0
+        await stream.call.done_writing()
+        assert (await stream.status())[0] == grpc.StatusCode.OK
+
+
+async def test_more_plans_than_are_read_ahead_all_get_an_answer() -> None:
+    async with serving() as rank:
+        stream = await opened_stream(rank)
+        num_plans = 5 * MAX_OUTSTANDING_PLANS
+        for step_id in range(1, num_plans + 1):
+            await stream.send(step(1, step_id))
+        await stream.call.done_writing()
+        ids = [(await stream.result()).step_id for _ in range(num_plans)]
+        assert ids == list(range(1, num_plans + 1))
+        assert (await stream.status())[0] == grpc.StatusCode.OK
+
+
+async def test_a_peer_that_does_not_read_is_read_ahead_of_only_so_far() -> None:
+    async with serving() as rank:
+        stream = await opened_stream(rank)
+        with held_steps(rank) as held:
+            await stream.send(first_step())
+            for step_id in range(2, 4 * MAX_OUTSTANDING_PLANS):
+                await stream.send(step(1, step_id))
+            await asyncio.sleep(0.2)
+            assert rank.compute.num_queued < MAX_OUTSTANDING_PLANS
+            held.release()
+            stream.call.cancel()
+
+
+async def test_describe_answers_while_a_step_runs() -> None:
+    async with serving() as rank:
+        stream = await opened_stream(rank)
+        with held_steps(rank) as held:
+            await stream.send(first_step())
+            described = await asyncio.wait_for(rank.describe(), 5)
+            assert described.load_state == LoadState.LOAD_STATE_READY
+            held.release()
+            assert (await stream.result()).step_id == 1
+
+
+async def test_describe_follows_the_load() -> None:
+    async with serving(ready=False) as rank:
+        rank.load.advance("read weights", 0.5)
+        loading = await rank.describe()
+        assert loading.load_state == LoadState.LOAD_STATE_LOADING
+        assert (loading.load_phase, loading.load_fraction) == ("read weights", 0.5)
+        assert (loading.instance_id, loading.world_size) == ("i-1", 1)
+        assert not loading.model_fingerprint
+        rank.load.advance("pack weights", 0.25)
+        assert (await rank.describe()).load_fraction == 0.5
+        rank.become_ready()
+        ready = await rank.describe()
+        assert ready.load_state == LoadState.LOAD_STATE_READY
+        assert ready.load_ms >= loading.load_ms
+        for name in ModelDescription.__dataclass_fields__:
+            value = getattr(DESCRIPTION, name)
+            described = getattr(ready, name)
+            assert (tuple(described) if isinstance(value, tuple) else described) == value, name
+
+
+async def test_describe_says_why_a_load_failed() -> None:
+    async with serving(ready=False) as rank:
+        rank.load.fail("config.json is missing: download it")
+        described = await rank.describe()
+        assert described.load_state == LoadState.LOAD_STATE_FAILED
+        assert described.load_error == "config.json is missing: download it"
+
+
+async def test_no_epoch_opens_before_the_model_is_ready() -> None:
+    async with serving(ready=False) as rank:
+        code, details = await (await open_stream(rank)).status()
+        assert code == grpc.StatusCode.UNAVAILABLE
+        assert "loading" in details
+        rank.become_ready()
+        await opened_stream(rank)
+
+
+async def test_another_models_fingerprint_is_refused() -> None:
+    async with serving() as rank:
+        code, details = await (await open_stream(rank, fingerprint="beef")).status()
+        assert code == grpc.StatusCode.FAILED_PRECONDITION
+        assert FINGERPRINT in details
+
+
+async def test_a_newer_epoch_ends_the_older_stream_and_drops_its_plans() -> None:
+    async with serving() as rank:
+        older = await opened_stream(rank, 1)
+        with held_steps(rank) as held:
+            await older.send(first_step())
+            await older.send(step(1, 2, {0: 1}))
+            newer = await open_stream(rank, 2)
+            code, details = await older.status()
+            assert code == grpc.StatusCode.ABORTED
+            assert "epoch 2" in details
+            held.release()
+        assert (await newer.receive()).epoch_opened.epoch == 2
+        result = await newer.run(first_step(2))
+        assert list(result.sampled_token_ids) == expected_continuation(PROMPT, 1)
+        assert rank.executor.decoder.num_forwards == 2
+
+
+@pytest.mark.parametrize("epoch", [0, 4, 5])
+async def test_an_epoch_must_be_newer_than_any_seen(epoch: int) -> None:
+    async with serving() as rank:
+        seen = await opened_stream(rank, 5)
+        code, details = await (await open_stream(rank, epoch)).status()
+        assert code == grpc.StatusCode.FAILED_PRECONDITION
+        assert "not greater than 5" in details
+        assert (await seen.run(step(5, 1))).step_id == 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "reason"),
+    [
+        (step(1, 2), grpc.StatusCode.FAILED_PRECONDITION, "step 1 was expected"),
+        (step(2, 1), grpc.StatusCode.FAILED_PRECONDITION, "epoch 2"),
+        (step(1, 1, released=[0]), grpc.StatusCode.INVALID_ARGUMENT, "holds no sequence"),
+        (step(1, 1, {9: 1}), grpc.StatusCode.INVALID_ARGUMENT, "out of range"),
+    ],
+)
+async def test_a_wrong_plan_ends_its_stream_and_the_next_epoch_works(
+    plan: StepPlan, code: grpc.StatusCode, reason: str
+) -> None:
+    async with serving() as rank:
+        stream = await opened_stream(rank)
+        await stream.send(plan)
+        assert (await stream.status())[0] == code
+        assert reason in (await stream.status())[1]
+        fresh = await opened_stream(rank, 2)
+        assert (await fresh.run(first_step(2))).sampled_slots == [0]
+
+
+async def test_a_stream_opens_one_epoch_first_and_once() -> None:
+    async with serving() as rank:
+        early = Stream(rank)
+        await early.send(step(1, 1))
+        assert (await early.status())[0] == grpc.StatusCode.FAILED_PRECONDITION
+        empty = Stream(rank)
+        await empty.call.write(ExecuteRequest())
+        assert (await empty.status())[0] == grpc.StatusCode.FAILED_PRECONDITION
+        silent = Stream(rank)
+        await silent.call.done_writing()
+        assert (await silent.status())[0] == grpc.StatusCode.FAILED_PRECONDITION
+        twice = await opened_stream(rank, 3)
+        opening = OpenEpoch(epoch=4, model_fingerprint=FINGERPRINT)
+        await twice.call.write(ExecuteRequest(open_epoch=opening))
+        assert (await twice.status())[0] == grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_an_exception_in_a_step_tells_the_peer_nothing_and_spares_the_process(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def explode() -> None:
+        raise RuntimeError("secret detail")
+
+    async with serving() as rank:
+        rank.executor.decoder.before_forward = explode
+        stream = await opened_stream(rank)
+        await stream.send(first_step())
+        code, details = await stream.status()
+        assert code == grpc.StatusCode.INTERNAL
+        assert details == "step 1 failed; the executor's log says why"
+        captured = capsys.readouterr()
+        assert "secret detail" in captured.out + captured.err
+        rank.executor.decoder.before_forward = None
+        fresh = await opened_stream(rank, 2)
+        assert (await fresh.run(first_step(2))).sampled_slots == [0]
+
+
+async def test_a_peer_that_leaves_gets_its_step_in_flight_finished_and_the_rest_dropped() -> None:
+    async with serving() as rank:
+        stream = await opened_stream(rank)
+        with held_steps(rank) as held:
+            await stream.send(first_step())
+            for step_id in range(2, 6):
+                await stream.send(step(1, step_id, {0: 1}))
+            await held.entered()
+            stream.call.cancel()
+            await asyncio.sleep(0.1)
+            held.release()
+        fresh = await opened_stream(rank, 2)
+        assert rank.executor.decoder.num_forwards == 1
+        assert (await fresh.run(first_step(2))).sampled_slots == [0]
+
+
+async def test_stopping_answers_the_step_in_flight_first() -> None:
+    async with serving() as rank:
+        stream = await opened_stream(rank)
+        with held_steps(rank) as held:
+            await stream.send(first_step())
+            await stream.send(step(1, 2, {0: 1}))
+            await held.entered()
+            rank.service.stop()
+            held.release()
+            assert (await stream.result()).step_id == 1
+            code, details = await stream.status()
+        assert code == grpc.StatusCode.UNAVAILABLE
+        assert "stopping" in details
+        late, _ = await (await open_stream(rank, 2)).status()
+        assert late == grpc.StatusCode.UNAVAILABLE
