@@ -1,0 +1,265 @@
+"""The processes of a cluster, with scripts in their place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from stepwire_client import ClusterConfig, LocalCluster, local_cluster
+from stepwire_client.errors import ClusterError, ProcessExitedError, StartTimeoutError
+
+FAKE = str(Path(__file__).with_name("fake_process.py"))
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STEPWIRE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "record"
+
+
+@pytest.fixture
+def config(record: Path) -> ClusterConfig:
+    return ClusterConfig(
+        model=Path("model"),
+        stop_timeout_s=2.0,
+        executor_command=(sys.executable, "-S", FAKE, "executor", str(record)),
+        scheduler_command=(sys.executable, "-S", FAKE, "scheduler", str(record)),
+    )
+
+
+def starts(record: Path, role: str) -> list[list[str]]:
+    lines = map(json.loads, record.read_text().splitlines())
+    return [line["arguments"] for line in lines if line["role"] == role]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_both_processes_run_until_the_cluster_stops(config: ClusterConfig, record: Path) -> None:
+    with LocalCluster(config) as cluster:
+        pids = cluster.pids
+        assert set(pids) == {"executor", "scheduler"}
+        assert all(map(is_running, pids.values()))
+        assert cluster.address == f"127.0.0.1:{pids['scheduler']}"
+        (arguments,) = starts(record, "scheduler")
+        assert arguments[arguments.index("--executor") + 1] == f"127.0.0.1:{pids['executor']}"
+    assert not any(map(is_running, pids.values()))
+
+
+def test_processes_stop_when_the_body_raises(config: ClusterConfig) -> None:
+    cluster = LocalCluster(config)
+    with pytest.raises(KeyError), cluster:
+        raise KeyError
+    pids = cluster.pids
+    assert len(pids) == 2
+    assert not any(map(is_running, pids.values()))
+
+
+def test_stop_may_be_repeated(config: ClusterConfig) -> None:
+    cluster = LocalCluster(config).start()
+    cluster.stop()
+    cluster.stop()
+
+
+def test_flags_that_are_set_reach_the_process_that_owns_them(
+    config: ClusterConfig, record: Path
+) -> None:
+    config = replace(
+        config,
+        dtype="float32",
+        kv_cache_memory_bytes=1 << 20,
+        max_num_seqs=3,
+        served_model_name="name",
+        scheduling_policy="priority",
+        enable_prefix_caching=False,
+    )
+    with LocalCluster(config) as cluster:
+        executor_address = f"127.0.0.1:{cluster.pids['executor']}"
+    (executor,), (scheduler,) = starts(record, "executor"), starts(record, "scheduler")
+    assert " ".join(executor) == (
+        "--model model --listen 127.0.0.1:0 --dtype float32 --max-num-seqs 3 "
+        "--kv-cache-memory-bytes 1048576"
+    )
+    assert " ".join(scheduler) == (
+        f"--model model --executor {executor_address} --listen 127.0.0.1:0 "
+        "--served-model-name name --scheduling-policy priority --no-enable-prefix-caching"
+    )
+
+
+@pytest.mark.parametrize("role", ["executor", "scheduler"])
+def test_a_process_that_refuses_to_start_is_quoted(
+    config: ClusterConfig, record: Path, role: str
+) -> None:
+    record.with_suffix(f".{role}").write_text("refuse")
+    cluster = LocalCluster(config)
+    with pytest.raises(
+        ProcessExitedError, match=f"the {role} ended with code 1: model refused: give --model"
+    ):
+        cluster.start()
+    assert not any(map(is_running, cluster.pids.values()))
+
+
+def test_a_process_that_says_nothing_is_given_up(config: ClusterConfig, record: Path) -> None:
+    record.with_suffix(".executor").write_text("silent")
+    cluster = LocalCluster(replace(config, start_timeout_s=0.3))
+    with pytest.raises(StartTimeoutError, match=r"the executor .* 0\.3 s"):
+        cluster.start()
+    assert not any(map(is_running, cluster.pids.values()))
+
+
+def test_a_program_that_is_not_there_is_an_error(config: ClusterConfig) -> None:
+    cluster = LocalCluster(replace(config, executor_command=("/nowhere/python",)))
+    with pytest.raises(ClusterError):
+        cluster.start()
+
+
+def test_a_process_that_ignores_sigterm_is_killed(config: ClusterConfig, record: Path) -> None:
+    record.with_suffix(".scheduler").write_text("stubborn")
+    with LocalCluster(replace(config, stop_timeout_s=0.2)) as cluster:
+        pids = cluster.pids
+    assert not any(map(is_running, pids.values()))
+
+
+def test_an_executor_that_dies_starts_again_on_its_port(
+    config: ClusterConfig, record: Path
+) -> None:
+    events: list[str] = []
+    with LocalCluster(config, on_event=events.append) as cluster:
+        cluster._was_ready.set()
+        first = cluster.pids["executor"]
+        os.kill(first, signal.SIGKILL)
+        assert wait_for(lambda: len(starts(record, "executor")) == 2)
+        second = starts(record, "executor")[1]
+        assert second[second.index("--listen") + 1] == f"127.0.0.1:{first}"
+        assert cluster.pids["executor"] != first
+        cluster.raise_if_failed()
+    assert "was killed" in events[0]
+
+
+def test_an_executor_that_cannot_stay_up_ends_the_cluster(
+    config: ClusterConfig, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_cluster, "RESTART_DELAYS_S", (0.01, 0.01))
+    with LocalCluster(config) as cluster:
+        cluster._was_ready.set()
+        record.with_suffix(".executor").write_text("refuse")
+        os.kill(cluster.pids["executor"], signal.SIGKILL)
+        with pytest.raises(ProcessExitedError, match="give --model"):
+            cluster.wait(20)
+        assert len(starts(record, "executor")) == 3
+        assert not is_running(cluster.pids["scheduler"])
+
+
+def test_an_executor_that_dies_while_loading_ends_the_cluster(config: ClusterConfig) -> None:
+    with LocalCluster(config) as cluster:
+        os.kill(cluster.pids["executor"], signal.SIGKILL)
+        with pytest.raises(ProcessExitedError, match="memory"):
+            cluster.wait_until_ready(20)
+        with pytest.raises(ProcessExitedError, match="memory"):
+            _ = cluster.address
+
+
+def test_a_scheduler_that_dies_ends_the_cluster(config: ClusterConfig) -> None:
+    with LocalCluster(config) as cluster:
+        cluster._was_ready.set()
+        os.kill(cluster.pids["scheduler"], signal.SIGTERM)
+        with pytest.raises(ProcessExitedError, match="the scheduler was ended by SIGTERM"):
+            cluster.wait(20)
+        assert not is_running(cluster.pids["executor"])
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from stepwire_client import ClusterConfig, LocalCluster
+fake, record = sys.argv[1:3]
+cluster = LocalCluster(ClusterConfig(
+    model=Path("model"),
+    executor_command=(sys.executable, "-S", fake, "executor", record),
+    scheduler_command=(sys.executable, "-S", fake, "scheduler", record),
+)).start()
+print(*cluster.pids.values(), flush=True)
+{then}
+"""
+
+
+def owner(record: Path, then: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start a process that owns a cluster and then does this; returns it and the pids."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER.format(then=then), FAKE, str(record)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+@pytest.mark.parametrize(
+    "then", ["", "raise SystemExit(3)", "1 / 0"], ids=["falls off", "exits", "raises"]
+)
+def test_processes_end_with_the_interpreter(record: Path, then: str) -> None:
+    process, pids = owner(record, then)
+    assert len(pids) == 2
+    process.communicate()
+    assert not any(map(is_running, pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_processes_end_when_their_owner_is_killed(record: Path, how: signal.Signals) -> None:
+    record.with_suffix(".executor").write_text("stubborn")
+    process, pids = owner(record, "time.sleep(60)")
+    assert all(map(is_running, pids))
+    process.send_signal(how)
+    process.communicate()
+    assert wait_for(lambda: not any(map(is_running, pids)))
+
+
+def test_a_fork_of_the_owner_does_not_stop_the_cluster(config: ClusterConfig) -> None:
+    with LocalCluster(config) as cluster:
+        pid = os.fork()
+        if pid == 0:
+            cluster.stop()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert all(map(is_running, cluster.pids.values()))
+
+
+def test_logs_of_old_clusters_are_removed(
+    record: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(local_cluster, "MAX_LOGS", 2)
+    logs = tmp_path / "cache" / "logs"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for name in (f"20000101-{gone.pid}", f"20000102-{os.getpid()}", f"20000103-{gone.pid}"):
+        (logs / name).mkdir(parents=True)
+        (logs / name / "executor.log").write_text("x")
+    new = local_cluster.new_log_dir()
+    assert {p.name for p in logs.iterdir()} == {
+        f"20000102-{os.getpid()}",  # Its process still runs.
+        f"20000103-{gone.pid}",
+        new.name,
+    }
