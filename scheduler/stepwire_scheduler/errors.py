@@ -7,6 +7,7 @@ SchedulerError
 ├── PlanStreamError           the epoch is over: a rank is gone, overdue or wrong
 ├── ExecutorMismatchError     the executors named do not make one group
 ├── InvalidRequestError       the request is at fault; names every field
+├── ChatTemplateError         the template refuses the messages; becomes InvalidRequestError
 ├── DuplicateRequestError     its id is still running
 ├── QueueFullError            too much waits already; retry later
 ├── UnavailableError          nothing can run now; retry later
@@ -90,6 +91,10 @@ class InvalidRequestError(SchedulerError):
         more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
         super().__init__(f"{first.field}: {first.description}{more}")
         self.violations = tuple(violations)
+
+
+class ChatTemplateError(SchedulerError):
+    """The chat template refused the messages, or could not render them within its limits."""
 
 
 class DuplicateRequestError(SchedulerError):

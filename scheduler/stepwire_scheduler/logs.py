@@ -48,8 +48,8 @@ def configure_logging(level: LogLevel, stream: TextIO | None = None) -> None:
 
 
 def get_logger(component: str) -> FilteringBoundLogger:
-    """A logger whose lines name the component."""
-    logger: FilteringBoundLogger = structlog.get_logger(component).bind(component=component)
+    """A logger whose lines name the component; may be made before logging is configured."""
+    logger: FilteringBoundLogger = structlog.get_logger(component, component=component)
     return logger
 
 

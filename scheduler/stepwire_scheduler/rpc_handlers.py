@@ -1,0 +1,88 @@
+"""Registers GenerationService so that every failure reaches the client as a clear status.
+
+grpc answers UNKNOWN where a request cannot be parsed or a handler raises; here the first is
+INVALID_ARGUMENT, a SchedulerError has its own status, and anything else is INTERNAL without
+its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from stepwire.scheduler.v1 import generation_pb2, generation_pb2_grpc
+
+from stepwire_scheduler.errors import (
+    FieldViolation,
+    InternalError,
+    InvalidRequestError,
+    SchedulerError,
+)
+from stepwire_scheduler.logs import get_logger
+from stepwire_scheduler.rpc_status import abort
+
+SERVICE_NAME = "stepwire.scheduler.v1.GenerationService"
+
+log = get_logger("rpc")
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Malformed:
+    """Stands for a request that could not be parsed."""
+
+
+def add_generation_service(
+    servicer: generation_pb2_grpc.GenerationServiceServicer, server: grpc.aio.Server
+) -> None:
+    """Serve every method of the servicer; streaming ones write to their context."""
+    service = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+    assert service.full_name == SERVICE_NAME
+    handlers = {}
+    for method in service.methods:
+        make_handler = (
+            grpc.unary_stream_rpc_method_handler
+            if method.server_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        handlers[method.name] = make_handler(
+            partial(_answer, getattr(servicer, method.name)),
+            request_deserializer=partial(_parse, GetMessageClass(method.input_type)),
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+
+def _parse(message_class: type[Message], data: bytes) -> Message | _Malformed:
+    try:
+        return message_class.FromString(data)
+    except DecodeError:
+        return _Malformed()
+
+
+async def _answer(
+    method: Callable[[Any, _Context], Awaitable[Message | None]],
+    request: Message | _Malformed,
+    context: _Context,
+) -> Message | None:
+    try:
+        if isinstance(request, _Malformed):
+            violation = FieldViolation(
+                field="",
+                description="the request is not a valid protobuf message of its type, "
+                "or a string in it is not UTF-8",
+            )
+            raise InvalidRequestError([violation])
+        return await method(request, context)
+    except SchedulerError as error:
+        await abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        log.exception("handler failed")
+        await abort(context, InternalError("internal error; the server's log has the details"))

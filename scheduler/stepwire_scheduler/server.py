@@ -1,0 +1,162 @@
+"""Puts a scheduler together and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from stepwire_scheduler.command_line import split_address
+from stepwire_scheduler.config import SchedulerConfig
+from stepwire_scheduler.errors import ListenError
+from stepwire_scheduler.health import HealthService
+from stepwire_scheduler.logs import get_logger
+from stepwire_scheduler.metrics import Metrics, serve_metrics
+from stepwire_scheduler.rpc_handlers import SERVICE_NAME, add_generation_service
+from stepwire_scheduler.service import GenerationService
+from stepwire_scheduler.step_loop import ServingState, StepLoop
+
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", 1024 * 1024),
+    ("grpc.max_metadata_size", 8 * 1024),
+    # A second scheduler on the same port is an error, not a silent half of the requests.
+    ("grpc.so_reuseport", 0),
+    # Find clients that vanished without a word; allow theirs to ask as often.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+_METRICS_INTERVAL_S = 0.25
+_STOP_GRACE_S = 2.0
+
+log = get_logger("server")
+
+
+async def serve(config: SchedulerConfig, announce: Callable[[str], None]) -> None:
+    """Listen first, then load; on SIGTERM or SIGINT finish what runs and return.
+
+    announce is called with HOST:PORT once health and metrics answer. Raises ListenError, and
+    whatever ends the step loop.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+
+    model_name = config.served_model_name or _default_name(config.model)
+    metrics = Metrics(model_name)
+    step_loop = StepLoop(config, metrics)
+    service = GenerationService(config, step_loop, metrics, model_name)
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    add_generation_service(service, server)
+    health = HealthService({SERVICE_NAME: lambda: service.is_serving})
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    if config.enable_reflection:
+        _enable_reflection(server)
+    address = _bind(server, config.listen)
+    await server.start()
+    metrics_server = _serve_metrics(config, metrics)
+    announce(address)
+    log.info("listening", address=address, model=model_name)
+
+    run = asyncio.create_task(step_loop.run(), name="step loop")
+    background = [
+        asyncio.create_task(_load_tokenizer(config, service, step_loop), name="load tokenizer"),
+        asyncio.create_task(_watch_load(service, step_loop, metrics), name="watch load"),
+    ]
+    stop = asyncio.create_task(stopping.wait(), name="wait for a signal")
+    try:
+        await asyncio.wait({run, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not run.done():
+            log.info("draining", timeout_ms=config.drain_timeout_ms)
+            await step_loop.drain(config.drain_timeout_ms / 1e3)
+    finally:
+        await server.stop(_STOP_GRACE_S)
+        for task in (run, stop, *background):
+            task.cancel()
+        results = await asyncio.gather(run, stop, *background, return_exceptions=True)
+        if metrics_server is not None:
+            metrics_server()
+    if isinstance(results[0], Exception):
+        raise results[0]
+    log.info("stopped")
+
+
+def _default_name(model: str) -> str:
+    path = Path(model)
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
+
+
+def _bind(server: grpc.aio.Server, address: str) -> str:
+    """HOST:PORT with the port that was taken."""
+    host, port = split_address(address, "--listen")
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError:
+        bound = 0
+    if bound == 0:
+        raise ListenError(f"--listen {address} cannot be bound; is port {port} in use?")
+    return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+
+def _serve_metrics(config: SchedulerConfig, metrics: Metrics) -> Callable[[], None] | None:
+    """Start the metrics server; returns what stops it."""
+    if config.metrics_listen is None:
+        return None
+    host, port = split_address(config.metrics_listen, "--metrics-listen")
+    try:
+        server, port = serve_metrics(metrics, host, port)
+    except OSError:
+        raise ListenError(
+            f"--metrics-listen {config.metrics_listen} cannot be bound; is port {port} in use?"
+        ) from None
+    log.info("serving metrics", address=f"{host}:{port}")
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return stop
+
+
+def _enable_reflection(server: grpc.aio.Server) -> None:
+    from grpc_reflection.v1alpha import reflection  # loaded only where asked for
+
+    health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    names = (SERVICE_NAME, health_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+
+
+async def _load_tokenizer(
+    config: SchedulerConfig, service: GenerationService, step_loop: StepLoop
+) -> None:
+    from stepwire_scheduler.tokenizer import wait_for_tokenizer  # after the server listens
+
+    tokenizer = await wait_for_tokenizer(Path(config.model))
+    step_loop.set_tokenizer(tokenizer)
+    service.set_tokenizer(tokenizer)
+    log.info(
+        "tokenizer loaded",
+        vocab_size=tokenizer.vocab_size,
+        has_chat_template=tokenizer.has_chat_template,
+    )
+    # What lives as long as the process is never walked again: a full collection stays short.
+    gc.collect()
+    gc.freeze()
+
+
+async def _watch_load(service: GenerationService, step_loop: StepLoop, metrics: Metrics) -> None:
+    while True:
+        progress = step_loop.load_progress
+        metrics.set_model_load(
+            fraction=progress.fraction,
+            elapsed_seconds=progress.elapsed_ms / 1e3,
+            is_ready=service.state is ServingState.READY,
+        )
+        await asyncio.sleep(_METRICS_INTERVAL_S)

@@ -1,0 +1,341 @@
+"""GenerationService: validates, submits to the step loop, and passes its events on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+from stepwire.scheduler.v1 import generation_pb2, generation_pb2_grpc
+
+from stepwire_scheduler.config import SchedulerConfig
+from stepwire_scheduler.errors import (
+    DrainingError,
+    FieldViolation,
+    InvalidRequestError,
+    NotReadyError,
+    SchedulerError,
+    SlowReaderError,
+)
+from stepwire_scheduler.logs import bound_request, get_logger
+from stepwire_scheduler.metrics import Metrics
+from stepwire_scheduler.request_stream import RequestStream, Scheduled, SequenceOutput
+from stepwire_scheduler.sequence import FinishReason, Logprobs
+from stepwire_scheduler.step_loop import ServingState, StepLoop, now_ms
+from stepwire_scheduler.validation import (
+    ModelLimits,
+    check_detokenize,
+    check_tokenize,
+    encode_chat,
+    validate_input,
+)
+
+if TYPE_CHECKING:  # the library behind it loads after the server listens
+    from stepwire_scheduler.tokenizer import Tokenizer
+
+log = get_logger("service")
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
+}
+_MODEL_STATES = {
+    ServingState.CONNECTING: generation_pb2.MODEL_STATE_CONNECTING,
+    ServingState.LOADING: generation_pb2.MODEL_STATE_LOADING,
+    ServingState.READY: generation_pb2.MODEL_STATE_READY,
+    ServingState.DRAINING: generation_pb2.MODEL_STATE_DRAINING,
+}
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """The public API over one step loop. Its methods raise SchedulerError."""
+
+    def __init__(
+        self, config: SchedulerConfig, step_loop: StepLoop, metrics: Metrics, model_name: str
+    ) -> None:
+        self._config = config
+        self._step_loop = step_loop
+        self._metrics = metrics
+        self._model_name = model_name
+        self._tokenizer: Tokenizer | None = None
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Give the tokenizer once it has loaded."""
+        self._tokenizer = tokenizer
+
+    @property
+    def state(self) -> ServingState:
+        """The step loop's, but not READY before the tokenizer is."""
+        state = self._step_loop.state
+        if state is ServingState.READY and self._tokenizer is None:
+            return ServingState.LOADING
+        return state
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a request sent now would make progress."""
+        return self.state is ServingState.READY and self._step_loop.is_progressing
+
+    async def Generate(  # noqa: N802 - the name is the protocol's
+        self, request: generation_pb2.GenerateRequest, context: _Context
+    ) -> generation_pb2.GenerateResponse:
+        async with self._submitted(request, context) as (stream, _):
+            choices = [
+                generation_pb2.Choice(index=index)
+                for index in range(stream.request.sampling_params.n)
+            ]
+            async for event in stream:
+                if isinstance(event, SequenceOutput):
+                    _extend_choice(choices[event.index], event)
+            return generation_pb2.GenerateResponse(
+                request_id=stream.request.request_id,
+                choices=choices,
+                usage=_usage(stream),
+                timings=_timings(stream),
+            )
+
+    async def GenerateStream(  # type: ignore[override]  # noqa: N802 - the name is the protocol's
+        self, request: generation_pb2.GenerateStreamRequest, context: _Context
+    ) -> None:
+        async with self._submitted(request, context) as (stream, num_waiting):
+            writer = _EventWriter(
+                context, stream.request.request_id, self._config.unread_timeout_ms / 1e3
+            )
+            queued = generation_pb2.Queued(
+                queued_unix_ms=time.time_ns() // 1_000_000,
+                num_prompt_tokens=len(stream.request.prompt_token_ids),
+                num_waiting=num_waiting,
+            )
+            await writer.write(queued=queued)
+            async for event in stream:
+                if isinstance(event, Scheduled):
+                    await writer.write(scheduled=_scheduled(event))
+                else:
+                    await writer.write(output=_output(event))
+            completed = generation_pb2.Completed(usage=_usage(stream), timings=_timings(stream))
+            await writer.write(completed=completed)
+
+    async def Cancel(  # noqa: N802 - the name is the protocol's
+        self, request: generation_pb2.CancelRequest, context: _Context
+    ) -> generation_pb2.CancelResponse:
+        cancelled = [each for each in request.request_ids if self._step_loop.cancel(each)]
+        return generation_pb2.CancelResponse(cancelled_request_ids=cancelled)
+
+    async def GetModel(  # noqa: N802 - the name is the protocol's
+        self, request: generation_pb2.GetModelRequest, context: _Context
+    ) -> generation_pb2.GetModelResponse:
+        state = self.state
+        response = generation_pb2.GetModelResponse(
+            model=self._model_name,
+            state=_MODEL_STATES[state],
+            has_chat_template=self._tokenizer is not None and self._tokenizer.has_chat_template,
+        )
+        if state is ServingState.LOADING:
+            response.load_progress.CopyFrom(self._load_progress())
+        model = self._step_loop.model
+        if model is not None and state in {ServingState.READY, ServingState.DRAINING}:
+            response.architecture = model.architecture
+            response.vocab_size = model.vocab_size
+            response.max_model_len = model.max_model_len
+            response.eos_token_ids.extend(sorted(model.eos_token_ids))
+            response.dtype = model.dtype
+            response.kv_cache_dtype = model.kv_cache_dtype
+            response.block_size = model.block_size
+            response.num_blocks = model.num_blocks
+            response.weight_bytes = model.weight_bytes
+            response.kv_cache_bytes = model.kv_cache_bytes
+            response.device = model.device
+            response.max_num_seqs = model.max_num_seqs
+            response.max_num_batched_tokens = model.max_num_batched_tokens
+        return response
+
+    async def Tokenize(  # noqa: N802 - the name is the protocol's
+        self, request: generation_pb2.TokenizeRequest, context: _Context
+    ) -> generation_pb2.TokenizeResponse:
+        tokenizer = self._loaded_tokenizer()
+        check_tokenize(request)
+        if request.WhichOneof("prompt") == "chat":
+            token_ids = await encode_chat(request.chat, tokenizer, "chat")
+        else:
+            token_ids = await tokenizer.encode_text(request.text)
+        return generation_pb2.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(  # noqa: N802 - the name is the protocol's
+        self, request: generation_pb2.DetokenizeRequest, context: _Context
+    ) -> generation_pb2.DetokenizeResponse:
+        tokenizer = self._loaded_tokenizer()
+        model = self._step_loop.model
+        vocab_size = max(tokenizer.vocab_size, model.vocab_size if model is not None else 0)
+        check_detokenize(request, vocab_size)
+        text = await tokenizer.decode(
+            request.token_ids, skip_special_tokens=request.skip_special_tokens
+        )
+        return generation_pb2.DetokenizeResponse(text=text)
+
+    @asynccontextmanager
+    async def _submitted(
+        self,
+        request: generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest,
+        context: _Context,
+    ) -> AsyncIterator[tuple[RequestStream, int]]:
+        """The stream of the request and how many waited before it; cancels it on the way out.
+
+        A client that goes away or cancels ends the handler with CancelledError, which passes.
+        """
+        try:
+            stream, num_waiting = await self._submit(request, context)
+        except SchedulerError as error:
+            self._metrics.on_rejected(error.reason)
+            fields = [v.field for v in getattr(error, "violations", ())]
+            log.info("request rejected", reason=error.reason, fields=fields)
+            raise
+        with bound_request(stream.request.request_id):
+            try:
+                yield stream, num_waiting
+            finally:
+                stream.close()
+
+    async def _submit(
+        self,
+        request: generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest,
+        context: _Context,
+    ) -> tuple[RequestStream, int]:
+        arrival_ms = now_ms()
+        if self._step_loop.state is ServingState.DRAINING:
+            raise DrainingError
+        model = self._step_loop.model
+        if model is None:
+            raise NotReadyError("the model still loads; GetModel says how far it is")
+        tokenizer = self._loaded_tokenizer()
+        if not request.HasField("input"):
+            raise InvalidRequestError([FieldViolation(field="input", description="must be set")])
+        validated = await validate_input(
+            request.input,
+            limits=ModelLimits(vocab_size=model.vocab_size, max_model_len=model.max_model_len),
+            tokenizer=tokenizer,
+            arrival_ms=arrival_ms,
+            deadline_ms=arrival_ms + self._time_allowed_ms(context),
+        )
+        num_waiting = self._step_loop.num_waiting
+        return self._step_loop.submit(validated), num_waiting
+
+    def _time_allowed_ms(self, context: _Context) -> float:
+        """The call's deadline from now, the default where it has none, never above the limit."""
+        remaining_s = context.time_remaining()
+        if remaining_s is None:
+            return self._config.default_deadline_ms
+        return min(remaining_s * 1e3, self._config.max_deadline_ms)
+
+    def _loaded_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise NotReadyError("the model's tokenizer still loads; the server's log says why")
+        return self._tokenizer
+
+    def _load_progress(self) -> generation_pb2.LoadProgress:
+        if self._step_loop.state is ServingState.READY:
+            return generation_pb2.LoadProgress(phase="load tokenizer", fraction=1.0)
+        progress = self._step_loop.load_progress
+        return generation_pb2.LoadProgress(
+            phase=progress.phase, fraction=progress.fraction, elapsed_ms=progress.elapsed_ms
+        )
+
+
+class _EventWriter:
+    """Numbers the events of one stream and gives up on a client that does not read them."""
+
+    def __init__(self, context: _Context, request_id: str, timeout_s: float) -> None:
+        self._context = context
+        self._request_id = request_id
+        self._timeout_s = timeout_s
+        self._seq = 0
+
+    async def write(self, **event: Any) -> None:
+        """Send one event, given as the oneof's field; raises SlowReaderError."""
+        response = generation_pb2.GenerateStreamResponse(
+            request_id=self._request_id, seq=self._seq, **event
+        )
+        self._seq += 1
+        try:
+            # Waits only while the connection's flow control says that the client lags.
+            async with asyncio.timeout(self._timeout_s):
+                await self._context.write(response)
+        except TimeoutError:
+            raise SlowReaderError("the output was not read for too long") from None
+
+
+def _scheduled(event: Scheduled) -> generation_pb2.Scheduled:
+    return generation_pb2.Scheduled(
+        index=event.index, queue_ms=event.queue_ms, num_cached_tokens=event.num_cached_tokens
+    )
+
+
+def _output(event: SequenceOutput) -> generation_pb2.Output:
+    output = generation_pb2.Output(
+        index=event.index,
+        text=event.text,
+        token_ids=event.token_ids,
+        logprobs=_logprobs(event.logprobs),
+    )
+    if event.finish_reason is not None:
+        output.finish_reason = _FINISH_REASONS[event.finish_reason]
+    _set_stop_cause(output, event)
+    return output
+
+
+def _extend_choice(choice: generation_pb2.Choice, event: SequenceOutput) -> None:
+    choice.text += event.text
+    choice.token_ids.extend(event.token_ids)
+    choice.logprobs.extend(_logprobs(event.logprobs))
+    if event.finish_reason is not None:
+        choice.finish_reason = _FINISH_REASONS[event.finish_reason]
+    _set_stop_cause(choice, event)
+
+
+def _set_stop_cause(
+    message: generation_pb2.Output | generation_pb2.Choice, event: SequenceOutput
+) -> None:
+    if event.stop_string is not None:
+        message.stop_string = event.stop_string
+    elif event.stop_token_id is not None:
+        message.stop_token_id = event.stop_token_id
+
+
+def _logprobs(entries: Iterable[Logprobs]) -> list[generation_pb2.TokenLogprob]:
+    return [
+        generation_pb2.TokenLogprob(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            rank=entry.rank,
+            top=[
+                generation_pb2.AlternativeToken(token_id=token_id, logprob=logprob)
+                for token_id, logprob in zip(entry.top_token_ids, entry.top_logprobs, strict=True)
+            ],
+        )
+        for entry in entries
+    ]
+
+
+def _usage(stream: RequestStream) -> generation_pb2.Usage:
+    usage = stream.usage
+    return generation_pb2.Usage(
+        num_prompt_tokens=usage.num_prompt_tokens,
+        num_output_tokens=usage.num_output_tokens,
+        num_cached_tokens=usage.num_cached_tokens,
+        num_preemptions=usage.num_preemptions,
+    )
+
+
+def _timings(stream: RequestStream) -> generation_pb2.Timings:
+    timings = stream.timings
+    return generation_pb2.Timings(
+        queue_ms=timings.queue_ms,
+        ttft_ms=timings.ttft_ms,
+        tpot_ms=timings.tpot_ms,
+        e2e_ms=timings.e2e_ms,
+    )
