@@ -1,0 +1,22 @@
+"""Fixtures that several packages' tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from stepwire_executor.model.tokenizer_conversion import convert_gguf_tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The real model with its tokenizer, as `stepwire pull smollm2-135m` leaves it."""
+    cache = os.environ.get("STEPWIRE_CACHE")
+    root = Path(cache) if cache else Path.home() / ".cache" / "stepwire"
+    directory = root / "models" / "smollm2-135m"
+    files = sorted(directory.glob("*.gguf"))
+    if not files:
+        pytest.fail("the real model is not in the cache: run `stepwire pull smollm2-135m`")
+    convert_gguf_tokenizer(files[0])
+    return directory
