@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +58,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate zeroed pages; dtype float8_e4m3fn brings a float32 scale a token and head."""
+        """Allocate zeroed pages; dtype float8_e4m3fn brings a float32 scale a token and head.
+
+        On CPU a page takes memory when it is first written. Raises MemoryError, or
+        RuntimeError on other devices, where the pages cannot be had.
+        """
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -72,12 +78,12 @@ class KVCache:
         def scales() -> Tensor | None:
             if dtype != FP8_DTYPE:
                 return None
-            return torch.zeros(shape[:3], dtype=torch.float32, device=device)
+            return _zeros(shape[:3], torch.float32, device)
 
         self.layers = tuple(
             KVPages(
-                key=torch.zeros(shape, dtype=dtype, device=device),
-                value=torch.zeros(shape, dtype=dtype, device=device),
+                key=_zeros(shape, dtype, device),
+                value=_zeros(shape, dtype, device),
                 key_scale=scales(),
                 value_scale=scales(),
             )
@@ -90,3 +96,18 @@ class KVCache:
             for tensor in (pages.key, pages.value, pages.key_scale, pages.value_scale):
                 if tensor is not None:
                     tensor[targets] = tensor[sources]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.zeros, which on CPU would write every page: seconds for a pool of gigabytes.
+
+    Anonymous memory is zero, page-aligned and committed on first use.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_elements = math.prod(shape)
+    try:
+        memory = mmap.mmap(-1, max(1, num_elements * dtype.itemsize))
+    except OSError:
+        raise MemoryError from None
+    return torch.frombuffer(memory, dtype=dtype, count=num_elements).view(shape)

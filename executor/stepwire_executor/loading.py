@@ -19,19 +19,14 @@ from stepwire_executor.kernels import select_kernels
 from stepwire_executor.kv_cache import FP8_DTYPE, KVCache, bytes_per_block
 from stepwire_executor.load_status import ModelDescription
 from stepwire_executor.memory import plan_kv_cache
-from stepwire_executor.model import load_model
+from stepwire_executor.model.loader import SUPPORTED_DTYPES, load_model
+from stepwire_executor.model.locate import find_gguf
 from stepwire_executor.model.tokenizer_conversion import convert_gguf_tokenizer
 from stepwire_executor.runner import Runner
 from stepwire_executor.slots import SlotTable
 
 _MODEL_SHARE = 0.9
 """Part of the load's progress bar that the weights take."""
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 _log: Any = structlog.get_logger("stepwire_executor.loading")
 
@@ -48,10 +43,11 @@ def load_runner(
     torch.set_num_threads(config.num_threads or usable_cores())
     on_progress("choose kernels", 0.0)
     kernels = select_kernels(device, config.kernels)
-    _convert_tokenizer(config, on_progress)
+    on_progress("convert tokenizer", 0.0)
+    _convert_tokenizer(Path(config.model))
     model = load_model(
         Path(config.model),
-        dtype="auto" if config.dtype == "auto" else _DTYPES[config.dtype],
+        dtype="auto" if config.dtype == "auto" else SUPPORTED_DTYPES[config.dtype],
         kernels=kernels,
         device=device,
         max_model_len=config.max_model_len,
@@ -67,15 +63,9 @@ def load_runner(
         "head_dim": model.config.head_dim,
         "dtype": kv_dtype,
     }
-    model_context = model.config.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > model_context:
-        raise ModelLoadError(
-            f"--max-model-len {config.max_model_len} is more than the model's context of "
-            f"{model_context}: lower it"
-        )
     kv_plan = plan_kv_cache(
         config,
-        max_model_len=config.max_model_len or model_context,
+        max_model_len=model.max_model_len,
         block_bytes=bytes_per_block(**geometry),
         available_bytes=available_memory_bytes(),
     )
@@ -83,7 +73,7 @@ def load_runner(
         _log.warning("kv_cache_small", detail=kv_plan.warning)
     try:
         cache = KVCache(num_blocks=kv_plan.num_blocks, device=device, **geometry)
-    except RuntimeError:
+    except (MemoryError, RuntimeError):
         raise ModelLoadError(
             f"the KV cache of {kv_plan.num_blocks} blocks does not fit in memory: lower "
             "--num-kv-blocks or --kv-cache-memory-bytes"
@@ -123,18 +113,14 @@ def load_runner(
     )
 
 
-def _convert_tokenizer(config: ExecutorConfig, on_progress: Callable[[str, float], None]) -> None:
+def _convert_tokenizer(path: Path) -> None:
     """Make a GGUF file's tokenizer.json, which the scheduler reads; done once a model."""
-    path = Path(config.model)
-    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if len(files) != 1 or (path.is_dir() and (path / "config.json").exists()):
+    gguf_path = find_gguf(path)
+    if gguf_path is None or not gguf_path.is_file():
         return
-    on_progress("convert tokenizer", 0.0)
     try:
-        convert_gguf_tokenizer(files[0])
+        convert_gguf_tokenizer(gguf_path)
     except OSError as error:
-        if not files[0].is_file():
-            return  # load_model says what is wrong with the path.
         _log.warning(
             "tokenizer_not_written",
             reason=error.strerror,
