@@ -119,8 +119,11 @@ def _rope(file: GGUFFile, fields: Fields, head_dim: int) -> RopeConfig:
             f"{file.name}: rope type {kind!r} is not supported; "
             "supported: none, linear, yarn, and the factors of Llama 3.1"
         )
+    theta = fields.positive_float("rope.freq_base", 10_000.0)
+    if theta <= 1:
+        raise fields.wrong("rope.freq_base", "above 1")
     return RopeConfig(
-        theta=fields.positive_float("rope.freq_base", 10_000.0),
+        theta=theta,
         rotary_dim=rotary_dim,
         scaling=scaling,
     )

@@ -122,6 +122,8 @@ def _rope(config: Fields, head_dim: int, max_position_embeddings: int) -> RopeCo
     fields = config.child("rope_parameters" if config.has("rope_parameters") else "rope_scaling")
     rope_type = fields.string("rope_type", fields.string("type", "default"))
     theta = fields.positive_float("rope_theta", config.positive_float("rope_theta", 10_000.0))
+    if theta <= 1:
+        raise config.wrong("rope_theta", "above 1")
     fraction = fields.positive_float(
         "partial_rotary_factor", config.positive_float("partial_rotary_factor", 1.0)
     )
@@ -137,10 +139,14 @@ def _rope(config: Fields, head_dim: int, max_position_embeddings: int) -> RopeCo
     elif rope_type == "linear":
         scaling = LinearScaling(factor=fields.positive_float("factor"))
     elif rope_type == "llama3":
+        low_freq_factor = fields.positive_float("low_freq_factor")
+        high_freq_factor = fields.positive_float("high_freq_factor")
+        if high_freq_factor <= low_freq_factor:
+            raise fields.wrong("high_freq_factor", f"above low_freq_factor, {low_freq_factor}")
         scaling = Llama3Scaling(
             factor=fields.positive_float("factor"),
-            low_freq_factor=fields.positive_float("low_freq_factor"),
-            high_freq_factor=fields.positive_float("high_freq_factor"),
+            low_freq_factor=low_freq_factor,
+            high_freq_factor=high_freq_factor,
             original_max_position_embeddings=fields.positive_int(
                 "original_max_position_embeddings"
             ),

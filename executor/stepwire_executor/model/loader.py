@@ -79,6 +79,13 @@ def load_model(
             on_progress=on_progress or (lambda _phase, _fraction: None),
         )
         fingerprint = _fingerprint(config, source, resolved_dtype)
+    except RuntimeError as error:  # how torch says that an allocation failed
+        if "allocat" not in str(error):
+            raise
+        raise ModelLoadError(
+            "there is not enough memory for the weights; use a smaller model, a smaller dtype or "
+            "a smaller --max-model-len"
+        ) from None
     finally:
         source.close()
     return LoadedModel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,23 +66,25 @@ class GGUFWeights:
     def load_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
         """See WeightSource."""
         tensor = self._by_name[name]
-        rows = self._rows(name, tensor)[first_row : first_row + _num_rows(tensor, out)]
-        num_elements = tensor.format.num_elements
-        blocks_a_row = rows.shape[1]
-        rows_a_chunk = max(1, _ELEMENTS_A_CHUNK // (blocks_a_row * num_elements))
-        target = out.view(len(rows), -1)
-        floats = (
-            None
-            if out.dtype == torch.float32
-            else np.empty((min(rows_a_chunk, len(rows)), target.shape[1]), np.float32)
-        )
+        rows = self._in_hf_order(name, self._file.blocks(tensor))
+        if len(tensor.shape) == 1:  # small, and its rows are its elements
+            vector = np.empty(tensor.shape, np.float32)
+            _dequantize(tensor, rows, vector)
+            vector = self._in_hf_order(name, vector)
+            out.copy_(torch.from_numpy(vector[first_row : first_row + len(out)]))
+            return
+        rows = rows[first_row : first_row + len(out)]
+        rows_a_chunk = max(1, _ELEMENTS_A_CHUNK // tensor.shape[-1])
+        buffer = np.empty((min(rows_a_chunk, len(rows)), tensor.shape[-1]), np.float32)
         for start in range(0, len(rows), rows_a_chunk):
             chunk = rows[start : start + rows_a_chunk]
-            destination = target[start : start + len(chunk)]
-            values = destination.numpy() if floats is None else floats[: len(chunk)]
-            tensor.format.dequantize(chunk.reshape(-1), values.reshape(-1, num_elements))
-            if floats is not None:
-                destination.copy_(torch.from_numpy(values))
+            target = out[start : start + len(chunk)]
+            if out.dtype == torch.float32:
+                _dequantize(tensor, chunk, target.numpy())
+            else:
+                values = buffer[: len(chunk)]
+                _dequantize(tensor, chunk, values)
+                target.copy_(torch.from_numpy(values))
 
     def sample(self, name: str) -> bytes:
         """See WeightSource."""
@@ -91,25 +94,24 @@ class GGUFWeights:
         """See WeightSource."""
         self._file.close()
 
-    def _rows(self, name: str, tensor: GGUFTensor) -> npt.NDArray[np.void]:
-        """A tensor's rows as blocks, in Hugging Face order."""
-        blocks = self._file.blocks(tensor)
+    def _in_hf_order(self, name: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Undo the interleaving of a query or key weight's rows, or of a bias's elements."""
         num_heads = self._interleaved_heads.get(name.split(".")[-2])
-        if num_heads is None:
-            return blocks
-        if len(tensor.shape) == 1:  # a bias: each element is a row
-            blocks = blocks.reshape(-1, 1)
-        if len(blocks) % (2 * num_heads):
+        is_one_row = rows.ndim == 2 and len(rows) == 1  # a bias that is still in blocks
+        if num_heads is None or is_one_row:
+            return rows
+        if len(rows) % (2 * num_heads):
             raise ModelLoadError(
-                f"{self._file.name}: tensor {tensor.name!r} has {len(blocks)} rows, which "
+                f"{self._file.name}: tensor {name!r} has {len(rows)} rows, which "
                 f"{num_heads} heads cannot share; download it again"
             )
-        halves = blocks.reshape(num_heads, len(blocks) // num_heads // 2, 2, -1)
-        return halves.swapaxes(1, 2).reshape(blocks.shape)
+        pairs = rows.reshape(num_heads, len(rows) // num_heads // 2, 2, -1)
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _num_rows(tensor: GGUFTensor, out: Tensor) -> int:
-    return 1 if len(tensor.shape) == 1 else len(out)
+def _dequantize(tensor: GGUFTensor, blocks: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    """Fill out, contiguous float32, from as many blocks as it takes."""
+    tensor.format.dequantize(blocks.reshape(-1), out.reshape(-1, tensor.format.num_elements))
 
 
 def hf_name(name: str, file_name: str) -> str:

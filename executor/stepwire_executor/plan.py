@@ -1,0 +1,120 @@
+"""Prints what a model will take, from its headers: `python -m stepwire_executor.plan`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stepwire_executor.errors import ModelLoadError
+from stepwire_executor.kv_cache import FP8_DTYPE
+from stepwire_executor.model.loader import (
+    SUPPORTED_DTYPES,
+    open_checkpoint,
+    resolve_dtype,
+    resolve_max_model_len,
+)
+from stepwire_executor.model.memory import estimate_memory
+from stepwire_executor.model.weights.expected import check_tensors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan; 1 and one line on stderr where there is no such model."""
+    options = _parser().parse_args(arguments)
+    try:
+        plan = plan_model(
+            options.model,
+            dtype=options.dtype,
+            kv_cache_dtype=options.kv_cache_dtype,
+            block_size=options.block_size,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_seqs=options.max_num_seqs,
+            max_model_len=options.max_model_len,
+            load_format=options.load_format,
+        )
+    except ModelLoadError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if options.json:
+        sys.stdout.write(json.dumps(plan) + "\n")
+    else:
+        width = max(map(len, plan))
+        sys.stdout.writelines(f"{name:<{width}}  {value}\n" for name, value in plan.items())
+    return 0
+
+
+def plan_model(
+    path: Path,
+    *,
+    dtype: str,
+    kv_cache_dtype: str,
+    block_size: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    load_format: str,
+) -> dict[str, Any]:
+    """The model's memory plan and the facts it rests on, ready for JSON.
+
+    Reads headers only. Raises ModelLoadError for what load_model would refuse.
+    """
+    config, source = open_checkpoint(path, "dummy" if load_format == "dummy" else "auto")
+    try:
+        check_tensors(config, source)
+        resolved_dtype = resolve_dtype(
+            "auto" if dtype == "auto" else SUPPORTED_DTYPES[dtype], config, source
+        )
+    finally:
+        source.close()
+    context = resolve_max_model_len(max_model_len, config)
+    kv_dtype = FP8_DTYPE if kv_cache_dtype == "fp8" else resolved_dtype
+    plan = estimate_memory(
+        config,
+        dtype=resolved_dtype,
+        kv_cache_dtype=kv_dtype,
+        block_size=block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=context,
+    )
+    return {
+        "architecture": config.architecture,
+        "dtype": str(resolved_dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
+        "num_layers": config.num_layers,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "max_model_len": context,
+        **dataclasses.asdict(plan),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m stepwire_executor.plan",
+        description="Print the bytes of weights, activations and KV of a model, loading nothing.",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="directory or .gguf file")
+    parser.add_argument("--dtype", choices=["auto", *SUPPORTED_DTYPES], default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--block-size", type=_positive, default=16, help="tokens a KV block")
+    parser.add_argument("--max-num-batched-tokens", type=_positive, default=2048)
+    parser.add_argument("--max-num-seqs", type=_positive, default=64)
+    parser.add_argument("--max-model-len", type=_positive, default=None, help="tokens")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, not {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
