@@ -56,6 +56,8 @@ class ClusterConfig:
     """Where the scheduler serves Prometheus metrics; None: nowhere."""
     insecure: bool = False
     """Lets the scheduler listen beyond loopback, unencrypted."""
+    enable_reflection: bool = False
+    """Lets tools ask the scheduler for its protocol."""
     start_timeout_s: float = 60.0
     """Time for each process to answer; loading the model is not in it."""
     stop_timeout_s: float = 5.0
@@ -95,8 +97,9 @@ class ClusterConfig:
         if self.enable_prefix_caching is not None:
             no = "" if self.enable_prefix_caching else "no-"
             arguments.append(f"--{no}enable-prefix-caching")
-        if self.insecure:
-            arguments.append("--insecure")
+        for name in ("insecure", "enable_reflection"):
+            if getattr(self, name):
+                arguments.append(f"--{name.replace('_', '-')}")
         return arguments
 
     def _flags(self, names: tuple[str, ...]) -> list[str]:

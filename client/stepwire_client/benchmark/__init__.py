@@ -1,0 +1,1 @@
+"""Measuring a server as its clients see it: a workload, a load, a summary."""

@@ -1,0 +1,124 @@
+"""`stepwire plan`: what a model needs, before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from stepwire_client.cli import host
+from stepwire_client.cli.session import fetch_model
+from stepwire_client.cluster_config import Dtype, KVCacheDtype
+from stepwire_client.errors import ModelError
+
+DEFAULT_MAX_NUM_SEQS = 64
+
+
+def plan(
+    model: str,
+    /,
+    *,
+    dtype: Dtype | None = None,
+    kv_cache_dtype: KVCacheDtype | None = None,
+    block_size: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Show the memory that a model needs, without loading it.
+
+    Parameters
+    ----------
+    model
+        A known name, a folder or a .gguf file; a known one is fetched when it is missing.
+    dtype
+        Of weights and activations.
+    kv_cache_dtype
+        Of keys and values.
+    block_size
+        Tokens a KV block.
+    max_num_batched_tokens
+        Most tokens a step; activations grow with it.
+    max_model_len
+        Tokens of a sequence to plan for; the model's context if not given.
+    max_num_seqs
+        Sequences to plan for.
+    as_json
+        Print one JSON object.
+    """
+    path = fetch_model(model)
+    flags = {
+        "--dtype": dtype,
+        "--kv-cache-dtype": kv_cache_dtype,
+        "--block-size": block_size,
+        "--max-num-batched-tokens": max_num_batched_tokens,
+    }
+    numbers = _ask_executor(str(path), {k: v for k, v in flags.items() if v is not None})
+    context = max_model_len or int(numbers["max_position_embeddings"])
+    result = numbers | {
+        "max_model_len": context,
+        "max_num_seqs": max_num_seqs,
+        "kv_bytes": int(numbers["kv_bytes_per_token"]) * context * max_num_seqs,
+        "available_bytes": host.available_memory_bytes(),
+    }
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(table(result))
+
+
+def table(numbers: dict[str, Any]) -> str:
+    """The plan in words and columns."""
+    context, seqs = numbers["max_model_len"], numbers["max_num_seqs"]
+    total = numbers["weight_bytes"] + numbers["activation_bytes"] + numbers["kv_bytes"]
+    rows = [
+        ("weights", host.in_bytes(numbers["weight_bytes"])),
+        ("activations", host.in_bytes(numbers["activation_bytes"])),
+        (f"KV of {seqs} x {context} tokens", host.in_bytes(numbers["kv_bytes"])),
+        ("together", host.in_bytes(total)),
+    ]
+    available = numbers["available_bytes"]
+    if available is not None:
+        rows.append(("available", host.in_bytes(available)))
+    rows.append(("KV a token", host.in_bytes(numbers["kv_bytes_per_token"])))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value:>12}" for name, value in rows]
+    if available is not None:
+        lines.append(_verdict(numbers, available))
+    return "\n".join(lines)
+
+
+def _verdict(numbers: dict[str, Any], available: int) -> str:
+    context, seqs = numbers["max_model_len"], numbers["max_num_seqs"]
+    room = available - numbers["weight_bytes"] - numbers["activation_bytes"]
+    num_tokens = room // numbers["kv_bytes_per_token"]
+    if num_tokens >= context * seqs:
+        return "fits"
+    if num_tokens >= context:
+        return (
+            f"fits {num_tokens // context} sequences of {context} tokens at once, or more that "
+            "are shorter: blocks are allocated on demand"
+        )
+    return "does not fit a single sequence: lower --max-model-len, or try --kv-cache-dtype fp8"
+
+
+def _ask_executor(path: str, flags: dict[str, object]) -> dict[str, Any]:
+    if importlib.util.find_spec("stepwire_executor") is None:
+        raise ModelError("plan needs the executor: pip install 'stepwire[executor]'")
+    command = [sys.executable, "-m", "stepwire_executor.plan", "--model", path, "--json"]
+    for flag, value in flags.items():
+        command += [flag, str(value)]
+    finished = subprocess.run(  # noqa: S603  # our own module
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if finished.returncode != 0:
+        lines = finished.stderr.strip().splitlines()
+        raise ModelError(lines[-1] if lines else f"plan ended with code {finished.returncode}")
+    numbers = json.loads(finished.stdout)
+    assert isinstance(numbers, dict), numbers
+    return numbers

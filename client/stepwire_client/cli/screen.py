@@ -1,0 +1,126 @@
+"""What people read while a command works: all of it on stderr, stdout is for results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from stepwire_client.cli import host
+from stepwire_client.events import ModelInfo, ModelState
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from stepwire_client.cli.options import Setting
+    from stepwire_client.events import Timings, Usage
+
+
+def note(line: str) -> None:
+    """Print one line."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def banner(settings: Sequence[Setting]) -> None:
+    """Say what runs where, before anything slow begins."""
+    memory = host.available_memory_bytes()
+    free = f", {host.in_bytes(memory)} free" if memory is not None else ""
+    cores = host.num_cores()
+    note(f"stepwire on {cores} core{'s' if cores != 1 else ''}{free}")
+    note("  " + " · ".join(str(setting) for setting in settings))
+
+
+def describe_model(model: ModelInfo) -> str:
+    """One line: what was loaded, and what of it is in memory."""
+    pool = model.num_blocks * model.block_size
+    return (
+        f"{model.model}: {model.architecture}, {model.dtype} on {model.device}, weights "
+        f"{host.in_bytes(model.weight_bytes)}, KV {model.kv_cache_dtype} "
+        f"{host.in_bytes(model.kv_cache_bytes)} = {model.num_blocks} blocks of "
+        f"{model.block_size} = {pool} tokens, up to {model.max_num_seqs} sequences"
+    )
+
+
+def closing_line(usage: Usage, timings: Timings, *, first_token_s: float | None) -> str:
+    """What the request took; times are the scheduler's."""
+    parts = [
+        f"{usage.num_prompt_tokens} prompt tokens ({usage.num_cached_tokens} cached)",
+        f"{usage.num_output_tokens} output tokens",
+        f"TTFT {timings.ttft_ms:.0f} ms",
+        f"TPOT {timings.tpot_ms:.1f} ms",
+    ]
+    if timings.e2e_ms > 0:
+        parts.append(f"{usage.num_output_tokens / timings.e2e_ms * 1000:.1f} tok/s")
+    if first_token_s is not None:
+        parts.append(f"first token {first_token_s:.2f} s after exec")
+    return " · ".join(parts)
+
+
+class PhaseProgress:
+    """Named phases: a bar on a terminal, a line for each phase elsewhere.
+
+    Nothing is imported or drawn before the first phase.
+    """
+
+    def __init__(self) -> None:
+        self._started_at = time.monotonic()
+        self._phase = ""
+        self._phase_started_at = self._started_at
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        elif self._phase and error is None:
+            self._close_phase()
+
+    def update(self, phase: str, fraction: float) -> None:
+        """Show a phase; fraction: how much is done, 0 to 1."""
+        if not sys.stderr.isatty():
+            if phase != self._phase:
+                if self._phase:
+                    self._close_phase()
+                self._phase, self._phase_started_at = phase, time.monotonic()
+            return
+        if self._progress is None:
+            self._progress = _new_bar()
+            self._task = self._progress.add_task(phase, total=1.0)
+            self._progress.start()
+        assert self._task is not None
+        self._progress.update(self._task, description=phase, completed=fraction)
+
+    def update_from(self, model: ModelInfo) -> None:
+        """Show how far a server has come."""
+        progress = model.load_progress
+        if model.state is ModelState.LOADING and progress is not None:
+            self.update(f"load: {progress.phase}" if progress.phase else "load", progress.fraction)
+        elif model.state is ModelState.CONNECTING:
+            self.update("start", 0.0)
+
+    def _close_phase(self) -> None:
+        note(f"  {self._phase}: {time.monotonic() - self._phase_started_at:.1f} s")
+
+
+def _new_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,46 @@
+"""A model to talk to: a server that runs already, or a cluster for the length of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepwire_client import models
+from stepwire_client.cli.options import ClusterOptions
+from stepwire_client.cli.screen import PhaseProgress, describe_model, note
+
+if TYPE_CHECKING:
+    from stepwire_client.client import Client
+
+
+def fetch_model(name_or_path: str) -> Path:
+    """Path of a model; a known one that is not in the cache is fetched."""
+    if name_or_path not in models.MODELS or models.is_cached(name_or_path):
+        return models.resolve_model(name_or_path)
+    with PhaseProgress() as progress:
+        return models.pull(name_or_path, progress.update)
+
+
+def served_name(name_or_path: str) -> str | None:
+    """The name that clients see: a known model's; else the scheduler takes the path's."""
+    return name_or_path if name_or_path in models.MODELS else None
+
+
+@contextmanager
+def own_cluster(model: str, options: ClusterOptions) -> Iterator[Client]:
+    """Start a cluster and wait until it is ready; stop it at the end."""
+    path = fetch_model(model)
+    # gRPC takes a tenth of a second to import; the banner is out by now.
+    from stepwire_client.client import Client
+    from stepwire_client.local_cluster import LocalCluster
+
+    config = options.to_config(path, served_model_name=served_name(model))
+    with ExitStack() as stack:
+        with PhaseProgress() as progress:
+            progress.update("start", 0.0)
+            cluster = stack.enter_context(LocalCluster(config, on_event=note))
+            info = cluster.wait_until_ready(on_progress=progress.update_from)
+        note(f"  {describe_model(info)}")
+        yield stack.enter_context(Client(cluster.address))
