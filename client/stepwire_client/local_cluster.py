@@ -14,7 +14,6 @@ from typing import Self
 
 from stepwire_client import readiness
 from stepwire_client.cache import cache_dir
-from stepwire_client.client import Client
 from stepwire_client.cluster_config import ClusterConfig
 from stepwire_client.errors import (
     ClusterError,
@@ -102,6 +101,9 @@ class LocalCluster:
         Raises ProcessExitedError as soon as a process ends, with what it said; else as
         Client.wait_until_ready does.
         """
+        # gRPC takes a tenth of a second to import: by now the processes start meanwhile.
+        from stepwire_client.client import Client
+
         deadline = time.monotonic() + timeout_s
         last: ModelInfo | None = None
         with Client(self.address) as client:

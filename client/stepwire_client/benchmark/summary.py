@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ def latencies_of(record: RequestRecord) -> Latencies | None:
     return Latencies(
         ttft_ms=ttft_ms,
         tpot_ms=(e2el_ms - ttft_ms) / (len(times) - 1) if len(times) > 1 else None,
-        itl_ms=tuple((b - a) * 1000 for a, b in zip(times, times[1:], strict=False)),
+        itl_ms=tuple((b - a) * 1000 for a, b in itertools.pairwise(times)),
         e2el_ms=e2el_ms,
     )
 

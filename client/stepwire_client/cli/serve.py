@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from stepwire_client.cli.options import DEFAULT_MODEL, ClusterOptions, settings_in_force
 from stepwire_client.cli.screen import PhaseProgress, banner, describe_model, note
 from stepwire_client.cli.session import fetch_model, served_name
+from stepwire_client.local_cluster import LocalCluster
 
 DRAIN_TIMEOUT_S = 35.0
 """Longer than the scheduler's own, which then gives the reason."""
@@ -50,8 +51,6 @@ def serve(
     options = cluster or ClusterOptions()
     banner(settings_in_force(model, options))
     path = fetch_model(model)
-    from stepwire_client.local_cluster import LocalCluster
-
     config = options.to_config(
         path,
         served_model_name=served_name(model),

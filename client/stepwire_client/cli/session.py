@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from stepwire_client import models
 from stepwire_client.cli.options import ClusterOptions
 from stepwire_client.cli.screen import PhaseProgress, describe_model, note
+from stepwire_client.local_cluster import LocalCluster
 
 if TYPE_CHECKING:
     from stepwire_client.client import Client
@@ -32,15 +33,14 @@ def served_name(name_or_path: str) -> str | None:
 def own_cluster(model: str, options: ClusterOptions) -> Iterator[Client]:
     """Start a cluster and wait until it is ready; stop it at the end."""
     path = fetch_model(model)
-    # gRPC takes a tenth of a second to import; the banner is out by now.
-    from stepwire_client.client import Client
-    from stepwire_client.local_cluster import LocalCluster
-
     config = options.to_config(path, served_model_name=served_name(model))
     with ExitStack() as stack:
         with PhaseProgress() as progress:
             progress.update("start", 0.0)
             cluster = stack.enter_context(LocalCluster(config, on_event=note))
             info = cluster.wait_until_ready(on_progress=progress.update_from)
+        # Here and not above: importing gRPC must not delay the processes.
+        from stepwire_client.client import Client
+
         note(f"  {describe_model(info)}")
         yield stack.enter_context(Client(cluster.address))
