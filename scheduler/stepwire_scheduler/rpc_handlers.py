@@ -86,3 +86,4 @@ async def _answer(
     except Exception:
         log.exception("handler failed")
         await abort(context, InternalError("internal error; the server's log has the details"))
+    return None

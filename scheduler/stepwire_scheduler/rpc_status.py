@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import asyncio
+import contextlib
+from typing import Any
 
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -56,8 +58,13 @@ def to_rpc_status(error: SchedulerError, request_id: str = "") -> Status:
 
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: SchedulerError, request_id: str = ""
-) -> NoReturn:
-    """End the call with the error's status."""
+) -> None:
+    """End the call with the error's status; the handler must return when this does.
+
+    Behind output that the client does not read, the status stays queued in the connection.
+    """
     status = to_rpc_status(error, request_id)
     metadata = ((STATUS_DETAILS_KEY, status.SerializeToString()),)
-    await context.abort(status_code(error), error.message, metadata)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_ABORT_TIMEOUT_S):
+            await context.abort(status_code(error), error.message, metadata)
