@@ -47,9 +47,13 @@ class BlockPool:
     def ref_count(self, block_id: int) -> int:
         return self._ref_counts[block_id]
 
+    def is_free(self, block_id: int) -> bool:
+        """Whether the block may be given to another sequence now."""
+        return self._ref_counts[block_id] == 0 and self._lease_step_ids[block_id] == 0
+
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         """How many of these cached blocks are free, so that sharing them takes from the pool."""
-        return sum(1 for block_id in block_ids if block_id in self._cached_blocks)
+        return sum(1 for block_id in block_ids if self.is_free(block_id))
 
     def allocate(self) -> int:
         """Take a free block; the caller has checked num_free."""

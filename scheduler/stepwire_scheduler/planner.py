@@ -273,7 +273,7 @@ class Planner:
         num_cached_tokens = len(cached) * self.config.block_size
         sequence.slot = self._free_slots.pop()
         sequence.status = SequenceStatus.RUNNING
-        sequence.block_ids = cached
+        sequence.block_ids = list(cached)
         sequence.num_computed_tokens = num_cached_tokens
         sequence.num_registered_blocks = len(cached)
         sequence.admitted_step_id = plan.step_id
