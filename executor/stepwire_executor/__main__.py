@@ -13,6 +13,12 @@ from stepwire_executor.errors import ConfigError, ListenError
 from stepwire_executor.host import usable_cores
 
 USAGE_STATUS = 2
+SPIN_COUNT = "5000"
+"""Turns that an idle OpenMP thread waits awake before it sleeps, some tens of microseconds.
+
+Sleeping at once costs a wake-up for each of the hundreds of parallel regions of a step;
+spinning for long takes the core from a thread that the others wait for, and from the scheduler.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +49,8 @@ def set_thread_environment(config: ExecutorConfig, environ: MutableMapping[str, 
     """
     num_threads = config.num_threads or usable_cores()
     environ.setdefault("OMP_NUM_THREADS", str(num_threads))
-    # Idle threads would otherwise spin on cores that the scheduler and the event loop need.
-    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def _run(serving: Coroutine[Any, Any, int]) -> int:

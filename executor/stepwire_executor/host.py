@@ -6,21 +6,33 @@ import math
 import os
 from pathlib import Path
 
+_CGROUP_ROOT = "/sys/fs/cgroup"
 _UNLIMITED = 1 << 60
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: affinity, then the control group's quota."""
+    """Cores this process may run on: affinity, then the control groups' quotas."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdecimal() and period.isdecimal() and int(period) > 0:
-        cores = min(cores or 1, math.ceil(int(quota) / int(period)))
-    return max(1, cores or 1)
+    cores = cores or 1
+    for directory in _control_groups():
+        quota, _, period = _read(f"{directory}/cpu.max").partition(" ")
+        if quota.isdecimal() and period.isdecimal() and int(period) > 0:
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
 
 
 def available_memory_bytes() -> int:
-    """Bytes this process can still take before the machine or its control group runs out."""
-    return min(_machine_available(), _cgroup_available())
+    """Bytes this process can still take before the machine or a control group runs out."""
+    return min(_machine_available(), *map(_group_available, _control_groups()))
+
+
+def _control_groups() -> tuple[str, ...]:
+    """Directories of this process's control group (version 2) and of those above it."""
+    name = _read("/proc/self/cgroup").partition("0::")[2].partition("\n")[0].strip("/")
+    groups = [_CGROUP_ROOT]
+    for part in name.split("/") if name and ".." not in name else ():
+        groups.append(f"{groups[-1]}/{part}")
+    return tuple(groups)
 
 
 def _machine_available() -> int:
@@ -33,23 +45,17 @@ def _machine_available() -> int:
         return 4 << 30
 
 
-def _cgroup_available() -> int:
-    for limit_path, usage_path, stat_path in (
-        (
-            "/sys/fs/cgroup/memory.max",
-            "/sys/fs/cgroup/memory.current",
-            "/sys/fs/cgroup/memory.stat",
-        ),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-            "/sys/fs/cgroup/memory/memory.stat",
-        ),
-    ):
-        limit, usage = _read(limit_path), _read(usage_path)
-        if limit.isdecimal() and usage.isdecimal() and int(limit) < _UNLIMITED:
-            return max(0, int(limit) - int(usage) + _reclaimable(_read(stat_path)))
-    return _UNLIMITED
+def _group_available(directory: str) -> int:
+    """Bytes left in one control group; in the root directory version 1 has its own names."""
+    limit, usage = _read(f"{directory}/memory.max"), _read(f"{directory}/memory.current")
+    stat_path = f"{directory}/memory.stat"
+    if not limit and directory == _CGROUP_ROOT:
+        limit = _read(f"{directory}/memory/memory.limit_in_bytes")
+        usage = _read(f"{directory}/memory/memory.usage_in_bytes")
+        stat_path = f"{directory}/memory/memory.stat"
+    if not (limit.isdecimal() and usage.isdecimal()) or int(limit) >= _UNLIMITED:
+        return _UNLIMITED
+    return max(0, int(limit) - int(usage) + _reclaimable(_read(stat_path)))
 
 
 def _reclaimable(stat: str) -> int:

@@ -28,6 +28,8 @@ FAILED_LOAD_LINGER_S = 1.0
 """How long Describe still answers after a failed load, so that a scheduler can read why."""
 STOP_TIMEOUT_S = 30.0
 """Longest wait for the step in flight."""
+STOP_LOAD_TIMEOUT_S = 2.0
+"""Longest wait for a load that is to be given up."""
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -76,11 +78,7 @@ async def serve(config: ExecutorConfig) -> int:
     stopped = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopped.set)
-    loaded: asyncio.Future[None] = loop.create_future()
-
-    def finish_load(error: Exception | None) -> None:
-        if not loaded.done():
-            loaded.set_result(None) if error is None else loaded.set_exception(error)
+    loaded: asyncio.Future[Exception | None] = loop.create_future()
 
     def load_job() -> None:
         error: Exception | None = None
@@ -89,7 +87,7 @@ async def serve(config: ExecutorConfig) -> int:
         except Exception as raised:
             error = raised
         try:
-            loop.call_soon_threadsafe(finish_load, error)
+            loop.call_soon_threadsafe(loaded.set_result, error)
         except RuntimeError:
             return  # The loop has closed: the process is ending.
 
@@ -98,7 +96,7 @@ async def serve(config: ExecutorConfig) -> int:
     await asyncio.wait((loaded, stopping), return_when=asyncio.FIRST_COMPLETED)
     status = 0
     if not stopped.is_set():
-        error = loaded.exception()
+        error = loaded.result()
         if error is None:
             await health.set(SERVICE_NAME, HealthCheckResponse.SERVING)
             await stopped.wait()
@@ -110,8 +108,9 @@ async def serve(config: ExecutorConfig) -> int:
     await health.enter_graceful_shutdown()
     service.stop()
     compute.stop()
-    if not await asyncio.to_thread(compute.join, STOP_TIMEOUT_S):
-        _log.warning("step_abandoned", waited_s=STOP_TIMEOUT_S)
+    timeout_s = STOP_TIMEOUT_S if loaded.done() else STOP_LOAD_TIMEOUT_S
+    if not await asyncio.to_thread(compute.join, timeout_s):
+        _log.warning("compute_abandoned", waited_s=timeout_s)
     await server.stop(grace=1.0)
     stopping.cancel()
     return status
@@ -135,7 +134,7 @@ def _load(
     _log.info("ready", load_ms=round(load.load_ms), model=description.architecture)
 
 
-def _report_failure(error: BaseException, load: LoadStatus) -> None:
+def _report_failure(error: Exception, load: LoadStatus) -> None:
     if isinstance(error, ModelLoadError):
         line = str(error)
     elif isinstance(error, MemoryError):

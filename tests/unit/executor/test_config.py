@@ -124,7 +124,11 @@ def test_a_usage_error_exits_with_2_and_one_line_each(capsys: pytest.CaptureFixt
 
 def test_threads_are_set_for_openmp_unless_the_operator_did() -> None:
     config = parse_config(["--model", "m", "--num-threads", "3"], {})
-    environ = {"OMP_WAIT_POLICY": "ACTIVE"}
-    set_thread_environment(config, environ)
-    assert environ["OMP_NUM_THREADS"] == "3"
-    assert environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    unset: dict[str, str] = {}
+    set_thread_environment(config, unset)
+    assert unset["OMP_NUM_THREADS"] == "3"
+    assert int(unset["GOMP_SPINCOUNT"]) > 0
+    operators = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE"}
+    kept = dict(operators)
+    set_thread_environment(config, kept)
+    assert kept == operators

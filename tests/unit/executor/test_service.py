@@ -70,6 +70,7 @@ class Rank:
         self.load = LoadStatus()
         self.service = ExecutorService(compute=self.compute, load=self.load, instance_id="i-1")
         self.stub: Any = None
+        self.channel: Any = None
 
     def become_ready(self) -> None:
         self.load.succeed(DESCRIPTION)
@@ -90,6 +91,7 @@ async def serving(*, ready: bool = True) -> AsyncIterator[Rank]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        rank.channel = channel
         rank.stub = ExecutorServiceStub(channel)
         yield rank
     await server.stop(None)
@@ -325,6 +327,25 @@ async def test_a_stream_opens_one_epoch_first_and_once() -> None:
         opening = OpenEpoch(epoch=4, model_fingerprint=FINGERPRINT)
         await twice.call.write(ExecuteRequest(open_epoch=opening))
         assert (await twice.status())[0] == grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_bytes_that_are_no_message_end_their_stream_only() -> None:
+    async with serving() as rank:
+        other = await opened_stream(rank)
+        raw = rank.channel.stream_stream("/stepwire.executor.v1.ExecutorService/Execute")
+        call = raw()
+        await call.write(b"\xff\xff\xff")
+        assert await asyncio.wait_for(call.code(), 10) != grpc.StatusCode.OK
+        assert "Traceback" not in (await call.details())
+        assert (await other.run(first_step())).sampled_slots == [0]
+        broken = raw()
+        opening = OpenEpoch(epoch=2, model_fingerprint=FINGERPRINT)
+        await broken.write(ExecuteRequest(open_epoch=opening).SerializeToString())
+        await broken.read()
+        await broken.write(b"\xff\xff\xff")
+        assert await asyncio.wait_for(broken.code(), 10) != grpc.StatusCode.OK
+        fresh = await opened_stream(rank, 3)
+        assert (await fresh.run(first_step(3))).sampled_slots == [0]
 
 
 async def test_an_exception_in_a_step_tells_the_peer_nothing_and_spares_the_process(
