@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -40,18 +39,19 @@ def build_app() -> cyclopts.App:
         config=cyclopts.config.Env("STEPWIRE_", command=False),
         default_parameter=cyclopts.Parameter(show_env_var=False, negative_iterable=()),
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     for name, help_text in COMMANDS.items():
         app.command(f"stepwire_client.cli.{name}:{name}", name=name, help=help_text)
     return app
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit."""
+def main() -> NoReturn:
+    """Run the command that sys.argv names, and exit."""
     # A terminated command cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        result = build_app()(arguments, exit_on_error=False, print_error=False)
+        result = build_app()(exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         fail(_usage_error(error), code=2)
     except StepwireError as error:

@@ -103,7 +103,7 @@ def bench(
                 # Other prompts than the measured ones, so that these are not in the cache.
                 for i in range(num_warmups):
                     progress.update("warm up", i / num_warmups)
-                    await _warm_up(client, model, input_len, timeout_s, seed=-1 - i)
+                    await _warm_up(client, model, input_len, timeout_s, seed=f"warm-up {i}")
                 progress.update("measure", 0.0)
                 records, duration_s = await run_load(
                     client,
@@ -186,7 +186,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 async def _warm_up(
-    client: AsyncClient, model: ModelInfo, input_len: int, timeout_s: float, *, seed: int
+    client: AsyncClient, model: ModelInfo, input_len: int, timeout_s: float, *, seed: str
 ) -> None:
     (item,) = random_workload(
         num_prompts=1,
