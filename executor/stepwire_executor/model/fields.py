@@ -9,8 +9,10 @@ from typing import Any
 from stepwire_executor.errors import ModelLoadError
 
 _MISSING: Any = object()
-LARGEST_COUNT = 1 << 31
-"""No size in a model's metadata is this large; guards arithmetic and allocation."""
+LARGEST_COUNT = (1 << 31) - 1
+"""No size in a model's metadata is larger; guards arithmetic and allocation."""
+MAX_LAYERS = 4096
+"""Far above any model; a damaged count must not become a list of that length."""
 
 
 class Fields:
@@ -30,10 +32,13 @@ class Fields:
         """Whether the key holds anything."""
         return self._values.get(self._prefix + key) is not None
 
-    def positive_int(self, key: str, default: int = _MISSING) -> int:
+    def positive_int(
+        self, key: str, default: int = _MISSING, *, largest: int = LARGEST_COUNT
+    ) -> int:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST_COUNT:
-            raise self.wrong(key, "a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+            bound = "" if largest == LARGEST_COUNT else f" up to {largest}"
+            raise self.wrong(key, f"a positive integer{bound}")
         return value
 
     def positive_float(self, key: str, default: float = _MISSING) -> float:

@@ -13,7 +13,7 @@ from stepwire_executor.model.config import (
     RopeScaling,
     YarnScaling,
 )
-from stepwire_executor.model.fields import Fields
+from stepwire_executor.model.fields import MAX_LAYERS, Fields
 from stepwire_executor.model.hf_config import yarn_mscale
 from stepwire_executor.model.weights.gguf_file import GGUFFile
 
@@ -43,7 +43,7 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         raise ModelLoadError(
             f"{file.name}: tensor 'token_embd.weight' is missing; download it again"
         )
-    num_layers = fields.positive_int("block_count")
+    num_layers = fields.positive_int("block_count", largest=MAX_LAYERS)
     num_heads = fields.positive_int("attention.head_count")
     num_kv_heads = fields.positive_int("attention.head_count_kv", num_heads)
     hidden_size = fields.positive_int("embedding_length")

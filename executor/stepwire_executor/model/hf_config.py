@@ -16,7 +16,7 @@ from stepwire_executor.model.config import (
     RopeScaling,
     YarnScaling,
 )
-from stepwire_executor.model.fields import Fields
+from stepwire_executor.model.fields import MAX_LAYERS, Fields
 
 SUPPORTED_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -51,7 +51,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
     if activation != "silu":
         raise ModelLoadError(f"config.json: hidden_act {activation!r} is not supported, only silu")
 
-    num_layers = config.positive_int("num_hidden_layers")
+    num_layers = config.positive_int("num_hidden_layers", largest=MAX_LAYERS)
     num_heads = config.positive_int("num_attention_heads")
     num_kv_heads = config.positive_int("num_key_value_heads", num_heads)
     hidden_size = config.positive_int("hidden_size")

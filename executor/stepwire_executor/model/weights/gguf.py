@@ -111,7 +111,8 @@ class GGUFWeights:
 
 def _dequantize(tensor: GGUFTensor, blocks: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
     """Fill out, contiguous float32, from as many blocks as it takes."""
-    tensor.format.dequantize(blocks.reshape(-1), out.reshape(-1, tensor.format.num_elements))
+    with np.errstate(all="ignore"):  # a damaged scale may be infinite or NaN; so is the result
+        tensor.format.dequantize(blocks.reshape(-1), out.reshape(-1, tensor.format.num_elements))
 
 
 def hf_name(name: str, file_name: str) -> str:
