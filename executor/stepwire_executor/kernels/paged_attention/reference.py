@@ -30,7 +30,8 @@ def paged_attention(
     num_heads, num_kv_heads = query.shape[1], pages.key.shape[1]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide into {num_kv_heads} KV heads")
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    # Rows past the last sequence's, which pad a batch, are zero.
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     starts = batch.cu_seqlens_q.tolist()
     for index, seq_len in enumerate(batch.seq_lens.tolist()):
         rows = slice(starts[index], starts[index + 1])

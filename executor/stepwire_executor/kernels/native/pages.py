@@ -1,0 +1,31 @@
+"""What the native kernels ask of KV pages."""
+
+from __future__ import annotations
+
+import torch
+
+from stepwire_executor.kernels.native.library import DTYPE_CODES
+from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+
+
+def check_pages(pages: KVPages, head_dim: int) -> None:
+    """Raise ValueError unless the kernels can address pages of head_dim."""
+    key, value = pages.key, pages.value
+    if key.shape != value.shape or key.dtype != value.dtype or key.shape[3] != head_dim:
+        raise ValueError(
+            f"pages are {key.dtype} {tuple(key.shape)} and {value.dtype} {tuple(value.shape)}, "
+            f"expected equal ones of head_dim {head_dim}"
+        )
+    if key.dtype not in DTYPE_CODES or not key.is_contiguous() or not value.is_contiguous():
+        raise ValueError(
+            f"pages must be contiguous float32, bfloat16, float16 or e4m3: {key.dtype}"
+        )
+    for scale in (pages.key_scale, pages.value_scale):
+        if (scale is not None) != (key.dtype == FP8_DTYPE):
+            raise ValueError("e4m3 pages, and only they, have scales")
+        if scale is not None and (
+            scale.shape != key.shape[:3]
+            or scale.dtype != torch.float32
+            or not scale.is_contiguous()
+        ):
+            raise ValueError("scales must be contiguous float32 [num_blocks, num_kv_heads, size]")

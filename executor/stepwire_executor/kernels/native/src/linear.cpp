@@ -1,0 +1,206 @@
+// Linear layers over weights packed in panels of 32 outputs.
+//
+// An output is one chain of multiply-adds over k = 0, 1, 2, ..., whatever the number of rows and
+// threads: rows are blocked and panels are shared out, k is never split. That makes a row's bits
+// independent of its neighbours, and costs nothing: panels are read once, front to back.
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace stepwire {
+namespace {
+
+constexpr int PANEL = 32;
+constexpr int P = PANEL / W;  // vectors in a panel
+// Rows that fit in registers: rows * P accumulators, weights and a broadcast beside them.
+#ifdef STEPWIRE_AVX512
+constexpr int MAX_ROWS = 8;
+#else
+constexpr int MAX_ROWS = 3;
+#endif
+constexpr int64_t ROWS_A_TASK = 16 * MAX_ROWS;
+
+// How one kind of weight is multiplied. A step covers `DEPTH` values of k:
+// panel element [step][output][DEPTH].
+
+struct Float32 {
+  using X = float;
+  using Weight = float;
+  static constexpr int DEPTH = 1;
+  struct Values {
+    vf even;
+  };
+  static Values weights(const Weight* w) { return {load(w)}; }
+  static vf multiply(Values w, const X* x, vf acc) { return fma(w.even, splat(x[0]), acc); }
+};
+
+struct Float16 : Float32 {
+  using Weight = f16;
+  static Values weights(const Weight* w) { return {load(w)}; }
+};
+
+// bf16 weights, rows widened to float32 beforehand.
+struct Bfloat16Wide {
+  using X = float;
+  using Weight = bf16;
+  static constexpr int DEPTH = 2;
+  struct Values {
+    vf even, odd;
+  };
+  static Values weights(const Weight* w) {
+    const vu pairs = load_as<vu>(w);
+    return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)};
+  }
+  static vf multiply(Values w, const X* x, vf acc) {
+    return fma(w.odd, splat(x[1]), fma(w.even, splat(x[0]), acc));
+  }
+};
+
+#if defined(STEPWIRE_AVX512) && defined(__AVX512BF16__)
+struct Bfloat16Dot {
+  using X = bf16;
+  using Weight = bf16;
+  static constexpr int DEPTH = 2;
+  struct Values {
+    vu pairs;
+  };
+  static Values weights(const Weight* w) { return {load_as<vu>(w)}; }
+  static vf multiply(Values w, const X* x, vf acc) {
+    uint32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w.pairs, (__m512bh)splat(pair));
+  }
+};
+#endif
+
+struct Call {
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  const void* bias;
+  int64_t bias_dtype;
+  void* out;
+  int64_t out_dtype;
+  int64_t num_rows, num_steps, num_outputs;
+};
+
+template <class T>
+void store_panel(T* out, const vf* acc, int64_t n) {
+  for (int p = 0; p < P; ++p) {
+    const int64_t left = n - p * W;
+    if (left >= W)
+      store(out + p * W, acc[p]);
+    else if (left > 0)
+      store_first(out + p * W, acc[p], left);
+  }
+}
+
+template <class T>
+void load_bias(const T* bias, vf* out, int64_t n) {
+  for (int p = 0; p < P; ++p) {
+    const int64_t left = n - p * W;
+    out[p] = left >= W ? load(bias + p * W) : left > 0 ? load_first(bias + p * W, left) : vf{};
+  }
+}
+
+template <class Kind, int ROWS>
+void multiply_rows(const Call& call, const typename Kind::Weight* panel, int64_t row,
+                   int64_t first_output, const vf* bias) {
+  vf acc[ROWS][P] = {};
+  const auto* x = static_cast<const typename Kind::X*>(call.x) + row * call.x_stride;
+  for (int64_t step = 0; step < call.num_steps; ++step) {
+    typename Kind::Values w[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) w[p] = Kind::weights(panel + p * W * Kind::DEPTH);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p)
+        acc[r][p] = Kind::multiply(w[p], x + r * call.x_stride, acc[r][p]);
+    x += Kind::DEPTH;
+    panel += PANEL * Kind::DEPTH;
+  }
+  const int64_t n = std::min<int64_t>(PANEL, call.num_outputs - first_output);
+  for (int r = 0; r < ROWS; ++r) {
+    if (bias)
+      for (int p = 0; p < P; ++p) acc[r][p] += bias[p];
+    const int64_t offset = (row + r) * call.num_outputs + first_output;
+    switch (call.out_dtype) {
+      case F32: store_panel(static_cast<float*>(call.out) + offset, acc[r], n); break;
+      case BF16: store_panel(static_cast<bf16*>(call.out) + offset, acc[r], n); break;
+      case F16: store_panel(static_cast<f16*>(call.out) + offset, acc[r], n); break;
+    }
+  }
+}
+
+template <class Kind, int ROWS = MAX_ROWS>
+void multiply_at_most(int64_t rows, const Call& call, const typename Kind::Weight* panel,
+                      int64_t row, int64_t first_output, const vf* bias) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS)
+      multiply_rows<Kind, ROWS>(call, panel, row, first_output, bias);
+    else
+      multiply_at_most<Kind, ROWS - 1>(rows, call, panel, row, first_output, bias);
+  }
+}
+
+template <class Kind>
+void run(const Call& call, int num_threads) {
+  const int64_t num_panels = (call.num_outputs + PANEL - 1) / PANEL;
+  const int64_t num_tasks = (call.num_rows + ROWS_A_TASK - 1) / ROWS_A_TASK;
+#pragma omp parallel for collapse(2) num_threads(num_threads) schedule(static)
+  for (int64_t index = 0; index < num_panels; ++index) {
+    for (int64_t task = 0; task < num_tasks; ++task) {
+      const auto* panel = static_cast<const typename Kind::Weight*>(call.weight) +
+                          index * call.num_steps * PANEL * Kind::DEPTH;
+      const int64_t first = index * PANEL;
+      const int64_t n = std::min<int64_t>(PANEL, call.num_outputs - first);
+      vf bias[P];
+      switch (call.bias ? call.bias_dtype : -1) {
+        case F32: load_bias(static_cast<const float*>(call.bias) + first, bias, n); break;
+        case BF16: load_bias(static_cast<const bf16*>(call.bias) + first, bias, n); break;
+        case F16: load_bias(static_cast<const f16*>(call.bias) + first, bias, n); break;
+      }
+      const int64_t end = std::min(call.num_rows, (task + 1) * ROWS_A_TASK);
+      for (int64_t row = task * ROWS_A_TASK; row < end; row += MAX_ROWS)
+        multiply_at_most<Kind>(std::min<int64_t>(MAX_ROWS, end - row), call, panel, row, first,
+                               call.bias ? bias : nullptr);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace stepwire
+
+// Whether rows for bf16 weights are passed as bf16 (1) or widened to float32 (0).
+extern "C" int64_t stepwire_linear_takes_bf16() {
+#if defined(STEPWIRE_AVX512) && defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// out[row][n] = sum over k of x[row][k] weight[n][k], plus bias[n].
+// x: bf16 where stepwire_linear_takes_bf16 and the weight is bf16, else float32; its rows are
+// x_stride elements apart and hold num_steps * (2 if the weight is bf16 else 1) values.
+// weight: [panels][num_steps][32][2 if bf16 else 1], zero-padded. out: contiguous.
+extern "C" void stepwire_linear(const void* x, int64_t x_stride, const void* weight,
+                                int64_t weight_dtype, const void* bias, int64_t bias_dtype,
+                                void* out, int64_t out_dtype, int64_t num_rows, int64_t num_steps,
+                                int64_t num_outputs, int64_t num_threads) {
+  using namespace stepwire;
+  const Call call{x,   x_stride,  weight,   bias,      bias_dtype,
+                  out, out_dtype, num_rows, num_steps, num_outputs};
+  switch (weight_dtype) {
+    case F32: run<Float32>(call, num_threads); break;
+    case F16: run<Float16>(call, num_threads); break;
+#if defined(STEPWIRE_AVX512) && defined(__AVX512BF16__)
+    case BF16: run<Bfloat16Dot>(call, num_threads); break;
+#else
+    case BF16: run<Bfloat16Wide>(call, num_threads); break;
+#endif
+  }
+}

@@ -1,0 +1,252 @@
+"""Attention over pages: right against a plain float64 softmax, and bit-stable in every row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels_support import fill_pages, make_batch, plain_attention, stored
+from stepwire_executor.kernels import Kernels
+from stepwire_executor.kernels.native import KernelBuildError, load_library
+from stepwire_executor.kernels.select import native_kernels, reference_kernels
+from stepwire_executor.kv_cache import FP8_DTYPE
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+
+
+def random_context(
+    seq_lens: list[int], num_kv_heads: int, head_dim: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    keys = [torch.randn(n, num_kv_heads, head_dim) for n in seq_lens]
+    # Values vary in size from token to token, so that fp8 scales do.
+    values = [
+        torch.randn_like(key) * (1 + torch.arange(len(key)) % 7).view(-1, 1, 1) for key in keys
+    ]
+    return keys, values
+
+
+def check(
+    kernels: Kernels,
+    query_lens: list[int],
+    seq_lens: list[int],
+    *,
+    num_heads: int = 3,
+    num_kv_heads: int = 1,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    page_dtype: torch.dtype | None = None,
+    block_size: int = 16,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    page_dtype = page_dtype or dtype
+    batch = make_batch(query_lens, seq_lens, block_size=block_size)
+    keys, values = random_context(seq_lens, num_kv_heads, head_dim)
+    pages = fill_pages(batch, keys, values, dtype=page_dtype, block_size=block_size)
+    query = (torch.randn(sum(query_lens), num_heads, head_dim) * 2).to(dtype)
+    scale = head_dim**-0.5
+    got = kernels.paged_attention(
+        query, pages, batch, scale=scale, sliding_window=window, softcap=softcap
+    )
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    for i, rows in enumerate(query.split(query_lens)):
+        expected = plain_attention(
+            rows,
+            stored(keys[i], page_dtype),
+            stored(values[i], page_dtype),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+        actual = got.split(query_lens)[i].double()
+        error = (actual - expected).abs().max() if rows.numel() else torch.zeros(())
+        assert error <= TOLERANCE[dtype] * max(1.0, float(values[i].abs().max())), error
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 15, 16, 17, 63, 64, 65, 511, 512, 513, 1100])
+def test_one_query_attends_to_exactly_its_context(kernels: Kernels, seq_len: int) -> None:
+    check(kernels, [1], [seq_len])
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 16])
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_every_group_of_heads_reads_its_own_keys(
+    kernels: Kernels, group: int, num_kv_heads: int
+) -> None:
+    check(
+        kernels,
+        [1, 20, 3],
+        [70, 20, 33],
+        num_heads=group * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=32,
+    )
+
+
+@pytest.mark.parametrize("head_dim", [20, 32, 40, 64, 80, 96, 128, 256])
+def test_any_head_dim_works(kernels: Kernels, head_dim: int) -> None:
+    check(kernels, [5, 1], [21, 90], head_dim=head_dim, num_heads=4, num_kv_heads=2)
+
+
+@pytest.mark.parametrize("page_dtype", [torch.float32, torch.float16, torch.bfloat16, FP8_DTYPE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pages_of_any_dtype_stand_for_their_values(
+    kernels: Kernels, dtype: torch.dtype, page_dtype: torch.dtype
+) -> None:
+    check(kernels, [1, 9], [130, 40], dtype=dtype, page_dtype=page_dtype)
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 64, 100, 600])
+def test_a_window_hides_what_lies_before_it(kernels: Kernels, window: int) -> None:
+    check(kernels, [1, 40, 1], [700, 130, 5], window=window)
+
+
+def test_softcap_bends_scores(kernels: Kernels) -> None:
+    check(kernels, [1, 17], [65, 40], softcap=1.5)
+    check(kernels, [1, 17], [65, 40], softcap=30.0, window=20)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32, 128])
+def test_any_block_size_works(kernels: Kernels, block_size: int) -> None:
+    check(kernels, [1, 30], [140, 61], block_size=block_size)
+
+
+def test_a_sequence_without_query_tokens_is_left_alone(kernels: Kernels) -> None:
+    check(kernels, [1, 0, 2], [4, 9, 18])
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_native_agrees_with_plain_attention_on_random_batches(data: st.DataObject) -> None:
+    try:
+        kernels = native_kernels(load_library())
+    except KernelBuildError:
+        kernels = reference_kernels()
+    lengths = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, 40), st.integers(0, 150)).filter(lambda x: sum(x) > 0),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    num_kv_heads = data.draw(st.integers(1, 3))
+    check(
+        kernels,
+        [query for query, _ in lengths],
+        [query + before for query, before in lengths],
+        num_heads=num_kv_heads * data.draw(st.integers(1, 8)),
+        num_kv_heads=num_kv_heads,
+        head_dim=data.draw(st.sampled_from([8, 24, 64])),
+        window=data.draw(st.none() | st.integers(1, 100)),
+        page_dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16, FP8_DTYPE])),
+    )
+
+
+class Rows:
+    """Sequences whose rows may be computed in any company; equal bits are expected."""
+
+    def __init__(self, kernels: Kernels, dtype: torch.dtype, page_dtype: torch.dtype) -> None:
+        self.kernels = kernels
+        self.page_dtype = page_dtype
+        self.seq_lens = [1300, 513, 64, 17, 200]
+        self.keys, self.values = random_context(self.seq_lens, 2, 64)
+        self.queries = [torch.randn(n, 6, 64).to(dtype) for n in self.seq_lens]
+
+    def attend(
+        self,
+        chunks: list[tuple[int, int, int]],
+        *,
+        seed: int = 0,
+        block_size: int = 16,
+        window: int | None = None,
+    ) -> list[Tensor]:
+        """Attend rows first to last of sequence i for each (i, first, last) in one step."""
+        query_lens = [last - first for _, first, last in chunks]
+        seq_lens = [last for _, _, last in chunks]
+        batch = make_batch(query_lens, seq_lens, seed=seed, block_size=block_size)
+        pages = fill_pages(
+            batch,
+            [self.keys[i][:last] for i, _, last in chunks],
+            [self.values[i][:last] for i, _, last in chunks],
+            dtype=self.page_dtype,
+            block_size=block_size,
+        )
+        query = torch.cat([self.queries[i][first:last] for i, first, last in chunks])
+        out = self.kernels.paged_attention(query, pages, batch, scale=0.125, sliding_window=window)
+        return list(out.split(query_lens))
+
+
+@pytest.fixture(
+    params=[
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, FP8_DTYPE),
+    ],
+    ids=["float32", "bfloat16", "fp8 pages"],
+)
+def rows(request: pytest.FixtureRequest, native: Kernels) -> Rows:
+    return Rows(native, *request.param)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(rows: Rows, window: int | None) -> None:
+    chunks = [(i, n - 1, n) for i, n in enumerate(rows.seq_lens)]
+    alone = [rows.attend([chunk], window=window)[0] for chunk in chunks]
+    together = rows.attend(chunks, seed=1, window=window)
+    crowded = rows.attend(chunks * 8, seed=2, window=window)
+    for i, expected in enumerate(alone):
+        assert torch.equal(together[i], expected)
+        assert torch.equal(crowded[i], expected)
+        assert torch.equal(crowded[i + 7 * len(chunks)], expected)
+
+
+def test_a_row_has_the_same_bits_however_its_sequence_is_cut(rows: Rows) -> None:
+    for i, length in ((1, 513), (4, 200)):
+        whole = rows.attend([(i, 0, length)])[0]
+        for size in (1, 7, 64, 100):
+            firsts = list(range(0, length, size))
+            if size == 1:
+                firsts = firsts[:3] + firsts[-5:]
+            for first in firsts:
+                last = min(first + size, length)
+                chunk = rows.attend([(i, first, last), (3, 16, 17)])[0]
+                assert torch.equal(chunk, whole[first:last])
+
+
+def test_a_row_has_the_same_bits_wherever_its_blocks_lie(rows: Rows) -> None:
+    expected = rows.attend([(0, 1299, 1300)])[0]
+    for seed in (1, 2):
+        for block_size in (8, 16, 64):
+            moved = rows.attend([(0, 1299, 1300)], seed=seed, block_size=block_size)[0]
+            assert torch.equal(moved, expected)
+
+
+def test_a_row_has_the_same_bits_with_any_number_of_threads(rows: Rows) -> None:
+    chunks = [(0, 1290, 1300), (1, 512, 513)]
+    torch.set_num_threads(1)
+    expected = rows.attend(chunks)
+    for num_threads in (2, 3, 8):
+        torch.set_num_threads(num_threads)
+        for got, wanted in zip(rows.attend(chunks), expected, strict=True):
+            assert torch.equal(got, wanted)
+        assert torch.equal(rows.attend(chunks[:1])[0], expected[0])
+
+
+def test_the_future_of_a_sequence_cannot_reach_a_row(rows: Rows) -> None:
+    expected = rows.attend([(4, 0, 100)])[0]
+    rows.keys[4][100:] = torch.nan
+    rows.values[4][100:] = torch.nan
+    assert torch.equal(rows.attend([(4, 0, 200)])[0][:100], expected)
+
+
+def test_a_table_that_lacks_a_block_is_refused(native: Kernels) -> None:
+    batch = make_batch([1], [40])
+    keys, values = random_context([40], 1, 32)
+    pages = fill_pages(batch, keys, values, dtype=torch.float32)
+    for bad in (-1, 10**6):
+        batch.block_table[0, 1] = bad
+        with pytest.raises(ValueError, match="block_table"):
+            native.paged_attention(torch.randn(1, 2, 32), pages, batch, scale=1.0)
