@@ -5,10 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stepwire_scheduler.errors import TokenizerFilesError
+
+if TYPE_CHECKING:  # loads after the server listens
+    import tokenizers
 
 
 class TokenBytes(Protocol):
@@ -45,32 +48,26 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def token_bytes_table(tokenizer_json: str) -> tuple[bytes, ...]:
-    """The bytes that each token of a tokenizer.json stands for, inside a text.
+def token_bytes_table(tokenizer: tokenizers.Tokenizer) -> tuple[bytes, ...]:
+    """The bytes that each of a tokenizer's tokens stands for, inside a text.
 
     Understands byte-level decoders (GPT-2's alphabet) and the SentencePiece family: Metaspace,
     or Replace, ByteFallback, Fuse and Strip. A leading space that such a decoder strips from
     the first token of a text is kept, as output goes on from a prompt.
     Raises TokenizerFilesError for other decoders.
     """
-    document: dict[str, Any] = json.loads(tokenizer_json)
-    added: list[dict[str, Any]] = document.get("added_tokens") or []
-    vocabulary = dict(_model_vocabulary(document["model"]))
-    vocabulary.update((token["content"], token["id"]) for token in added)
-    special_ids = {token["id"] for token in added if token.get("special")}
-    to_bytes = _token_decoder(document.get("decoder"))
+    decoder = tokenizer.decoder
+    # The state is the decoder's part of tokenizer.json; reading that file again for it would
+    # cost 12 MB for good.
+    to_bytes = _token_decoder(None if decoder is None else json.loads(decoder.__getstate__()))
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    added = tokenizer.get_added_tokens_decoder()
+    special_ids = {token_id for token_id, token in added.items() if token.special}
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, token_id in vocabulary.items():
         if token_id not in special_ids:
             table[token_id] = to_bytes(token)
     return tuple(table)
-
-
-def _model_vocabulary(model: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        return vocabulary.items()
-    return ((token, token_id) for token_id, (token, _score) in enumerate(vocabulary))  # Unigram
 
 
 def _token_decoder(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes]:

@@ -8,6 +8,7 @@ SchedulerError
 ├── ExecutorMismatchError     the executors named do not make one group
 ├── InvalidRequestError       the request is at fault; names every field
 ├── ChatTemplateError         the template refuses the messages; becomes InvalidRequestError
+├── TextTooLongError          more tokens than allowed; becomes InvalidRequestError
 ├── DuplicateRequestError     its id is still running
 ├── QueueFullError            too much waits already; retry later
 ├── UnavailableError          nothing can run now; retry later
@@ -95,6 +96,13 @@ class InvalidRequestError(SchedulerError):
 
 class ChatTemplateError(SchedulerError):
     """The chat template refused the messages, or could not render them within its limits."""
+
+
+class TextTooLongError(SchedulerError):
+    """A text has certainly more tokens than it may have."""
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__(f"the text has more than {max_tokens} tokens")
 
 
 class DuplicateRequestError(SchedulerError):

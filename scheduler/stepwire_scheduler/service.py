@@ -29,7 +29,7 @@ from stepwire_scheduler.validation import (
     ModelLimits,
     check_detokenize,
     check_tokenize,
-    encode_chat,
+    encode_prompt,
     validate_input,
 )
 
@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # the library behind it loads after the server listens
 log = get_logger("service")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+
+_MAX_TOKENIZED = 32_768
+"""Tokens that Tokenize answers with, or the model's context where that is longer."""
 
 _FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -160,10 +163,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.TokenizeResponse:
         tokenizer = self._loaded_tokenizer()
         check_tokenize(request)
-        if request.WhichOneof("prompt") == "chat":
-            token_ids = await encode_chat(request.chat, tokenizer, "chat")
-        else:
-            token_ids = await tokenizer.encode_text(request.text)
+        model = self._step_loop.model
+        max_tokens = max(_MAX_TOKENIZED, model.max_model_len if model is not None else 0)
+        token_ids = await encode_prompt(request, tokenizer, max_tokens=max_tokens)
         return generation_pb2.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(  # noqa: N802 - the name is the protocol's

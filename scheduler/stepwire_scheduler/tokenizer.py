@@ -13,11 +13,18 @@ import tokenizers
 
 from stepwire_scheduler.chat_template import ChatTemplate
 from stepwire_scheduler.detokenizer import token_bytes_table
-from stepwire_scheduler.errors import ChatTemplateError, QueueFullError, TokenizerFilesError
+from stepwire_scheduler.errors import (
+    ChatTemplateError,
+    QueueFullError,
+    TextTooLongError,
+    TokenizerFilesError,
+)
 from stepwire_scheduler.logs import get_logger
 
 _INLINE_CHARACTERS = 512
 """Shorter texts take less than a hop to a thread."""
+_PROBED_CHARACTERS = 4
+"""Per allowed token: longer texts are encoded in part first, to refuse them cheaply."""
 _NUM_THREADS = 2
 _MAX_PENDING = 64
 """Jobs for the threads, running or waiting; one more is refused."""
@@ -52,7 +59,7 @@ class Tokenizer:
         self._num_pending = 0
         self.token_bytes = token_bytes
         self.vocab_size = len(token_bytes)
-        self.max_token_bytes = max(
+        self._max_token_bytes = max(
             max(map(len, token_bytes), default=0),
             max(
                 (len(t.content.encode()) for t in tokenizer.get_added_tokens_decoder().values()),
@@ -66,25 +73,28 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    async def encode_text(self, text: str) -> list[int]:
+    async def encode_text(self, text: str, *, max_tokens: int) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds, BOS once.
 
-        Raises QueueFullError if too many texts are being encoded.
+        Raises TextTooLongError if they are certainly more than max_tokens, before the memory
+        for all of them is spent; QueueFullError if too many texts are being encoded.
         """
         if len(text) <= _INLINE_CHARACTERS:
-            return self._encode_text(text)
-        return await self._in_thread(lambda: self._encode_text(text))
+            return self._encode_text(text, max_tokens)
+        return await self._in_thread(lambda: self._encode_text(text, max_tokens))
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int
+    ) -> list[int]:
         """Token ids of rendered messages; the template writes the special tokens itself.
 
-        Raises ChatTemplateError, or QueueFullError if too many texts are being encoded.
+        Raises ChatTemplateError, and what encode_text raises.
         """
         template = self._chat_template
         if template is None:
             raise ChatTemplateError("the model has no chat template; send text or token_ids")
         return await self._in_thread(
-            lambda: self._encode(template.render(messages), add_special_tokens=False)
+            lambda: self._encode(template.render(messages), max_tokens, add_special_tokens=False)
         )
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
@@ -101,8 +111,9 @@ class Tokenizer:
 
         return decode() if len(token_ids) <= _INLINE_CHARACTERS else await self._in_thread(decode)
 
-    def _encode_text(self, text: str) -> list[int]:
-        token_ids = self._encode(text, add_special_tokens=self._add_bos_token is not False)
+    def _encode_text(self, text: str, max_tokens: int) -> list[int]:
+        add_special_tokens = self._add_bos_token is not False
+        token_ids = self._encode(text, max_tokens, add_special_tokens=add_special_tokens)
         bos = self._bos_token_id
         if bos is None:
             return token_ids
@@ -110,7 +121,17 @@ class Tokenizer:
             return [bos, *token_ids]
         return token_ids[1:] if token_ids[:2] == [bos, bos] else token_ids
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, max_tokens: int, *, add_special_tokens: bool) -> list[int]:
+        if len(text) > max_tokens * self._max_token_bytes:  # a character is a byte at least
+            raise TextTooLongError(max_tokens)
+        # A text's beginning may end inside a token, which then falls to pieces, and inside a
+        # word, which may then be split elsewhere; neither doubles the number of tokens.
+        num_characters = _PROBED_CHARACTERS * max_tokens
+        while num_characters < len(text):
+            probe = self._tokenizer.encode_batch_fast([text[:num_characters]])
+            if len(probe[0]) > 2 * max_tokens + self._max_token_bytes:
+                raise TextTooLongError(max_tokens)
+            num_characters *= 2
         encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         token_ids: list[int] = encodings[0].ids
         return token_ids
@@ -142,7 +163,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
     is_gguf = model.suffix == ".gguf" or (model.is_dir() and any(model.glob("*.gguf")))
     directory = model.parent if model.suffix == ".gguf" else model
     try:
-        document = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        (directory / "tokenizer.json").open("rb").close()  # says why it cannot be read
         config = _read_config(directory, is_required=is_gguf)
     except FileNotFoundError as error:
         fix = (
@@ -158,8 +179,8 @@ def load_tokenizer(model: Path) -> Tokenizer:
             f"the tokenizer of {model} cannot be read ({error}): fetch it again"
         ) from error
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(document)
-        token_bytes = token_bytes_table(document)
+        tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        token_bytes = token_bytes_table(tokenizer)
     except TokenizerFilesError:
         raise
     except Exception as error:  # the library raises plain Exception for a bad document

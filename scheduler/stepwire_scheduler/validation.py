@@ -17,6 +17,7 @@ from stepwire_scheduler.errors import (
     ChatTemplateError,
     FieldViolation,
     InvalidRequestError,
+    TextTooLongError,
 )
 from stepwire_scheduler.sequence import Request, SamplingParams
 
@@ -128,17 +129,18 @@ async def validate_input(
     elif prompt == "token_ids":
         _check_token_ids(message.token_ids.ids, limits, violations)
     elif prompt == "text":
-        _check_text(message.text, limits, tokenizer, violations)
+        if not message.text:
+            violations.add("input.text", "must not be empty")
     else:
         _check_chat(message.chat, "input.chat", violations)
     violations.raise_if_any()
 
     if prompt == "token_ids":
         token_ids: Sequence[int] = message.token_ids.ids
-    elif prompt == "text":
-        token_ids = await tokenizer.encode_text(message.text)
     else:
-        token_ids = await encode_chat(message.chat, tokenizer, "input.chat")
+        token_ids = await encode_prompt(
+            message, tokenizer, max_tokens=limits.max_model_len, field_prefix="input."
+        )
     prompt_token_ids = array("I", token_ids)
     max_tokens = _resolve_max_tokens(params, f"input.{prompt}", prompt_token_ids, limits)
     return Request(
@@ -151,13 +153,26 @@ async def validate_input(
     )
 
 
-async def encode_chat(chat: generation_pb2.Chat, tokenizer: Tokenizer, field: str) -> Sequence[int]:
-    """Token ids of messages; raises InvalidRequestError where the template refuses them."""
-    messages = [{"role": each.role, "content": each.content} for each in chat.messages]
+async def encode_prompt(
+    message: generation_pb2.GenerationInput | generation_pb2.TokenizeRequest,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    field_prefix: str = "",
+) -> Sequence[int]:
+    """Token ids of a text or chat.
+
+    Raises InvalidRequestError where they are too many or the template refuses the messages,
+    QueueFullError if too many texts are being tokenised.
+    """
+    prompt = "chat" if message.WhichOneof("prompt") == "chat" else "text"
     try:
-        return await tokenizer.encode_chat(messages)
-    except ChatTemplateError as error:
-        violation = FieldViolation(field=field, description=error.message)
+        if prompt == "text":
+            return await tokenizer.encode_text(message.text, max_tokens=max_tokens)
+        messages = [{"role": each.role, "content": each.content} for each in message.chat.messages]
+        return await tokenizer.encode_chat(messages, max_tokens=max_tokens)
+    except (ChatTemplateError, TextTooLongError) as error:
+        violation = FieldViolation(field=field_prefix + prompt, description=error.message)
         raise InvalidRequestError([violation]) from error
 
 
@@ -208,19 +223,6 @@ def _check_vocabulary(
             violations.add(f"{field}[{i}]", f"must be below the vocabulary size {vocab_size}")
             if violations.is_full:
                 return
-
-
-def _check_text(
-    text: str, limits: ModelLimits, tokenizer: Tokenizer, violations: Violations
-) -> None:
-    if not text:
-        violations.add("input.text", "must not be empty")
-    # A UTF-8 character has one byte at least, so this is true of too many bytes.
-    elif len(text) > limits.max_model_len * tokenizer.max_token_bytes:
-        violations.add(
-            "input.text",
-            f"{len(text)} characters cannot fit into {limits.max_model_len} tokens",
-        )
 
 
 def _check_chat(chat: generation_pb2.Chat, field: str, violations: Violations) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
 from stepwire_scheduler.detokenizer import Detokenizer, token_bytes_table
 from stepwire_scheduler.errors import TokenizerFilesError
+from tokenizers import Tokenizer, decoders, models
 
 BYTE_LEVEL = byte_level_tokenizer()
-BYTE_LEVEL_TABLE = token_bytes_table(BYTE_LEVEL.to_str())
+BYTE_LEVEL_TABLE = token_bytes_table(BYTE_LEVEL)
 BYTE_FALLBACK = byte_fallback_tokenizer()
-BYTE_FALLBACK_TABLE = token_bytes_table(BYTE_FALLBACK.to_str())
+BYTE_FALLBACK_TABLE = token_bytes_table(BYTE_FALLBACK)
 
 
 def pieces(table: tuple[bytes, ...], token_ids: list[int]) -> list[str]:
@@ -69,8 +68,10 @@ def test_output_keeps_the_space_before_its_first_word() -> None:
     assert pieces(BYTE_FALLBACK_TABLE, [BYTE_FALLBACK.token_to_id("▁the")])[0] == " the"
 
 
-@pytest.mark.parametrize("decoder", [None, {"type": "WordPiece", "prefix": "##", "cleanup": True}])
-def test_an_unknown_decoder_is_refused_by_name(decoder: dict[str, object] | None) -> None:
-    document = json.loads(BYTE_LEVEL.to_str()) | {"decoder": decoder}
-    with pytest.raises(TokenizerFilesError, match=r"decoder"):
-        token_bytes_table(json.dumps(document))
+@pytest.mark.parametrize("decoder", [None, decoders.WordPiece(), decoders.CTC()])
+def test_an_unknown_decoder_is_refused(decoder: decoders.Decoder | None) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    with pytest.raises(TokenizerFilesError, match="decoder"):
+        token_bytes_table(tokenizer)

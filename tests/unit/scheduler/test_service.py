@@ -227,7 +227,7 @@ async def test_a_reader_that_stops_is_given_up_and_others_go_on(tokenizer: Token
     async def feed() -> None:
         while not harness.step_loop.closed:
             if streams:
-                streams[0].publish(0, delta("x" * 2_000), 0.0)
+                streams[0].publish(0, delta("x" * 8_000), 0.0)
             await asyncio.sleep(0.001)
 
     slow = pb.GenerateStreamRequest(input=pb.GenerationInput(request_id="slow", text="hi"))
