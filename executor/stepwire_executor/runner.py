@@ -123,10 +123,11 @@ class Runner:
         return self._sample(logits, self._sampling.gather(slots, positions, num_generated))
 
     def _book(self, work: StepWork, output: SampleOutput | None) -> StepResult:
+        failed = work.failed_slots.tolist()
         if output is None:
             none = np.zeros(0, np.int64)
             self._slots.complete(work, none, none.astype(np.bool_))
-            return StepResult()
+            return StepResult(failures=_failures(failed))
         sampled = work.slots[work.is_sampled]
         token_ids = output.token_ids.cpu().numpy()
         is_valid = output.is_finite.cpu().numpy()
@@ -144,10 +145,7 @@ class Runner:
                 )
                 if valid and logprobs is not None
             ],
-            failures=[
-                SlotFailure(slot=slot, reason=NON_FINITE_REASON)
-                for slot in sampled[~is_valid].tolist()
-            ],
+            failures=_failures(failed + sampled[~is_valid].tolist()),
         )
 
 
@@ -178,6 +176,10 @@ def build_batch(slots: SlotTable, work: StepWork) -> StepBatch:
         ),
         logit_rows=torch.from_numpy(cu_seqlens_q[1:][work.is_sampled] - 1),
     )
+
+
+def _failures(slots: list[int]) -> list[SlotFailure]:
+    return [SlotFailure(slot=slot, reason=NON_FINITE_REASON) for slot in slots]
 
 
 def _logprobs_message(token_id: int, logprobs: RowLogprobs) -> TokenLogprobs:

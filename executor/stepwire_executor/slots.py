@@ -25,7 +25,7 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepWork:
-    """The checked work list of one step; rows of failed slots are left out."""
+    """The checked work list of one step."""
 
     slots: Int64Array
     """[num_seqs], distinct."""
@@ -35,6 +35,8 @@ class StepWork:
     """[num_seqs], tokens of context including this step's."""
     is_sampled: BoolArray
     """[num_seqs], whether the work reaches the end of the tokens known."""
+    failed_slots: Int64Array
+    """Slots of the work list that are left out, because they failed before."""
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +121,7 @@ class SlotTable:
         """Book a step that ran.
 
         sampled_token_ids, is_valid: one for each sampled row of work; where not valid the
-        slot has failed: it keeps its place until released, and later work on it is skipped.
+        slot has failed: it keeps its place until released, and later work on it is left out.
         """
         self.num_computed_tokens[work.slots] = work.ends
         sampled = work.slots[work.is_sampled]
@@ -221,10 +223,11 @@ class SlotTable:
                 f"work_num_tokens: {num_tokens.sum()} tokens are more than the budget of "
                 f"{self.max_num_batched_tokens}"
             )
-        healthy = ~self.is_failed[slots]
-        if not healthy.all():
-            # Planned before the failure was known; the result has already reported it.
-            slots, num_tokens = slots[healthy], num_tokens[healthy]
+        # Work on a failed slot was planned before the failure was known.
+        is_failed = self.is_failed[slots]
+        failed_slots = slots[is_failed]
+        if failed_slots.size:
+            slots, num_tokens = slots[~is_failed], num_tokens[~is_failed]
         starts = self.num_computed_tokens[slots]
         ends = starts + num_tokens
         known = self.num_tokens[slots]
@@ -242,7 +245,13 @@ class SlotTable:
                 f"work_slots: slot {slots[row]} has {self.num_table_blocks[slots[row]]} blocks, "
                 f"too few for {ends[row]} tokens"
             )
-        return StepWork(slots=slots, starts=starts, ends=ends, is_sampled=ends == known)
+        return StepWork(
+            slots=slots,
+            starts=starts,
+            ends=ends,
+            is_sampled=ends == known,
+            failed_slots=failed_slots,
+        )
 
     def _checked_slots(self, values: Iterable[int], name: str) -> Int64Array:
         slots = _array(values)

@@ -223,7 +223,7 @@ def test_bias_and_suppression_apply_to_their_slot_until_min_tokens(executor: Fak
     assert suppressed == [[POISON_TOKEN, 5], [POISON_TOKEN, 5], None]
 
 
-def test_a_failed_slot_leaves_its_neighbours_alone_and_later_work_on_it_is_skipped(
+def test_a_failed_slot_leaves_its_neighbours_alone_and_stays_failed_until_released(
     executor: FakeExecutor,
 ) -> None:
     bad = [POISON_TOKEN, 1]
@@ -241,7 +241,7 @@ def test_a_failed_slot_leaves_its_neighbours_alone_and_later_work_on_it_is_skipp
     # Already sent before the failure was known, as a pipelining scheduler does.
     result = executor.runner.execute(step(1, 2, {1: 1, 0: 1}))
     assert tokens_of(result) == {0: expected[1]}
-    assert not result.failures
+    assert [failure.slot for failure in result.failures] == [1]
     result = executor.runner.execute(
         step(1, 3, {1: 1}, released=[1], admissions=[admission(1, [6], [2])])
     )
