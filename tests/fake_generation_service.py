@@ -136,7 +136,11 @@ class FakeGenerationService(pb_grpc.GenerationServiceServicer):
                 output.finish_reason = pb.FINISH_REASON_LENGTH
             events.append(pb.GenerateStreamResponse(output=output))
         completed = pb.Completed(
-            usage=pb.Usage(num_prompt_tokens=len(tokens), num_output_tokens=len(tokens)),
+            usage=pb.Usage(
+                num_prompt_tokens=len(tokens),
+                num_output_tokens=len(tokens),
+                num_cached_tokens=len(tokens) // 2,
+            ),
             timings=pb.Timings(queue_ms=1, ttft_ms=2, tpot_ms=3, e2e_ms=4),
         )
         events.append(pb.GenerateStreamResponse(completed=completed))

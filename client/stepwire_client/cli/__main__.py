@@ -51,7 +51,7 @@ def main() -> NoReturn:
     # A terminated command cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        result = build_app()(exit_on_error=False, print_error=False)
+        result = build_app()(sys.argv[1:], exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         fail(_usage_error(error), code=2)
     except StepwireError as error:
