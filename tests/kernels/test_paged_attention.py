@@ -99,6 +99,18 @@ def test_pages_of_any_dtype_stand_for_their_values(
     check(kernels, [1, 9], [130, 40], dtype=dtype, page_dtype=page_dtype)
 
 
+def test_every_fp8_code_is_read_as_torch_reads_it(kernels: Kernels) -> None:
+    batch = make_batch([1], [1])
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE)
+    pages = fill_pages(batch, [torch.ones(1, 1, 256)], [torch.ones(1, 1, 256)], dtype=FP8_DTYPE)
+    assert pages.value_scale is not None
+    block = int(batch.block_table[0, 0])
+    pages.value.view(torch.uint8)[block, 0, 0] = codes.view(torch.uint8)
+    pages.value_scale[block, 0, 0] = 0.5
+    got = kernels.paged_attention(torch.ones(1, 1, 256), pages, batch, scale=1.0)
+    assert torch.equal(got[0, 0].nan_to_num(7e7), (codes.float() * 0.5).nan_to_num(7e7))
+
+
 @pytest.mark.parametrize("window", [1, 2, 16, 64, 100, 600])
 def test_a_window_hides_what_lies_before_it(kernels: Kernels, window: int) -> None:
     check(kernels, [1, 40, 1], [700, 130, 5], window=window)

@@ -1,0 +1,283 @@
+"""Normalisation, gated activation, rotary embedding and the write into pages."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from kernels_support import make_batch, num_blocks, poisoned_pages
+from stepwire_executor.batch import StepBatch
+from stepwire_executor.kernels import Kernels
+from stepwire_executor.kernels.rope_and_write_kv import MIN_AMAX
+from stepwire_executor.kernels.select import reference_kernels
+from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ULP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=1.01 * ULP[dtype], atol=2e-6)
+
+
+def normalised(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.double()
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 16, 64, 576, 1001])
+def test_rows_are_normalised(kernels: Kernels, size: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, size).to(dtype), torch.randn(size).to(dtype)
+    assert_close(kernels.rms_norm(x, weight, 1e-5), normalised(x, weight), dtype)
+    wide = weight.float()
+    assert_close(kernels.rms_norm(x, wide, 1e-5), normalised(x, wide), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_residual_is_summed_in_place_and_then_normalised(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    x, residual = torch.randn(2, 3, 50).to(dtype), torch.randn(2, 3, 50).to(dtype)
+    weight, before, total = torch.randn(50).to(dtype), x.clone(), residual + x
+    got = kernels.rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, before)
+    assert_close(got, normalised(total, weight), dtype)
+
+
+def test_heads_of_a_fused_projection_are_normalised_in_place(kernels: Kernels) -> None:
+    fused, weight = torch.randn(4, 10 * 32), torch.randn(32)
+    heads = fused[:, 64:256].view(4, 6, 32)
+    assert_close(kernels.rms_norm(heads, weight, 1e-5), normalised(heads, weight), torch.float32)
+    assert_close(
+        kernels.rms_norm(fused[:, :32], weight, 1e-5),
+        normalised(fused[:, :32], weight),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 48, 1536])
+def test_the_gate_multiplies(kernels: Kernels, size: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(4, 2 * size) * 20).to(dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    expected = gate / (1 + torch.exp(-gate)) * up
+    torch.testing.assert_close(
+        kernels.silu_and_mul(x).double(), expected, rtol=1.5 * ULP[dtype], atol=2e-6
+    )
+
+
+def test_the_gate_saturates_without_nan(kernels: Kernels) -> None:
+    x = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    expected = torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e30]])
+    torch.testing.assert_close(kernels.silu_and_mul(x), expected, rtol=1e-6, atol=1e-5)
+
+
+def angles(max_positions: int, rotary_dim: int) -> Tensor:
+    rates = 10000.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    phase = torch.arange(max_positions).double().unsqueeze(1) * rates
+    return torch.cat((phase.cos(), phase.sin()), dim=1).float()
+
+
+def rotated(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """Turn each pair as a complex number."""
+    half = table.shape[1] // 2
+    turn = torch.complex(table[:, :half].double(), table[:, half:].double())[positions]
+    x = x.double()
+    pairs = torch.complex(x[..., :half], x[..., half : 2 * half]) * turn.unsqueeze(1)
+    return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :]), dim=-1)
+
+
+def read(pages: Tensor, scales: Tensor | None, slots: Tensor) -> Tensor:
+    blocks, offsets = slots // pages.shape[2], slots % pages.shape[2]
+    x = pages.double()[blocks, :, offsets]
+    return x if scales is None else x * scales.double()[blocks, :, offsets].unsqueeze(-1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RopeCase:
+    """Arguments of one call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    table: Tensor
+    pages: KVPages
+    batch: StepBatch
+
+    @classmethod
+    def make(
+        cls,
+        dtype: torch.dtype,
+        page_dtype: torch.dtype,
+        *,
+        query_lens: list[int],
+        head_dim: int = 64,
+        rotary_dim: int = 64,
+    ) -> RopeCase:
+        """Build views of one fused projection, as the model has them."""
+        seq_lens = [n + 3 for n in query_lens]
+        num_tokens = sum(query_lens)
+        fused = torch.randn(num_tokens, 9 * head_dim).to(dtype)
+        heads = fused.view(num_tokens, 9, head_dim)
+        return cls(
+            query=heads[:, :5],
+            key=heads[:, 5:7],
+            value=heads[:, 7:],
+            table=angles(max(seq_lens), rotary_dim),
+            pages=poisoned_pages((num_blocks(seq_lens, 16), 2, 16, head_dim), page_dtype),
+            batch=make_batch(query_lens, seq_lens),
+        )
+
+    def run(self, kernels: Kernels) -> None:
+        kernels.rope_and_write_kv(
+            self.query, self.key, self.value, self.table, self.pages, self.batch
+        )
+
+
+@pytest.mark.parametrize("page_dtype", [*DTYPES, FP8_DTYPE])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (20, 12)])
+def test_queries_turn_and_keys_and_values_are_stored(
+    kernels: Kernels, dtype: torch.dtype, page_dtype: torch.dtype, head_dim: int, rotary_dim: int
+) -> None:
+    case = RopeCase.make(
+        dtype, page_dtype, query_lens=[1, 20], head_dim=head_dim, rotary_dim=rotary_dim
+    )
+    query = rotated(case.query, case.table, case.batch.positions)
+    key = rotated(case.key, case.table, case.batch.positions)
+    value = case.value.double()
+    case.run(kernels)
+    assert_close(case.query, query, dtype)
+    for pages, scales, expected in (
+        (case.pages.key, case.pages.key_scale, key),
+        (case.pages.value, case.pages.value_scale, value),
+    ):
+        got = read(pages, scales, case.batch.slot_mapping)
+        if page_dtype == FP8_DTYPE:
+            # Half a step of e4m3: 2^-4 of the value or 2^-10 of the smallest normal's 2^-6.
+            step = expected.abs().amax(-1, keepdim=True) / 448
+            assert bool(((got - expected).abs() <= expected.abs() * 0.0626 + step * 2**-9).all())
+        else:
+            torch.testing.assert_close(
+                got, expected, rtol=1.01 * ULP[page_dtype], atol=2e-6, check_dtype=False
+            )
+
+
+def test_no_slot_but_the_named_ones_is_written(kernels: Kernels) -> None:
+    for page_dtype in (torch.float32, FP8_DTYPE):
+        case = RopeCase.make(torch.float32, page_dtype, query_lens=[4, 19])
+        case.batch.slot_mapping[2] = -1
+        case.run(kernels)
+        slots = case.batch.slot_mapping
+        is_written = torch.zeros(case.pages.key.shape[0] * 16, dtype=torch.bool)
+        is_written[slots[slots >= 0]] = True
+        is_written = is_written.view(-1, 1, 16).expand(-1, 2, -1)
+        for pages in (case.pages.key, case.pages.value):
+            is_number = pages.double().isnan().logical_not()
+            assert torch.equal(is_number.all(dim=-1), is_written)
+            assert torch.equal(is_number.any(dim=-1), is_written)
+
+
+def fp8_round_trip(kernels: Kernels, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Store rows, [num_rows, head_dim], as values of one head; return codes and scales."""
+    num_rows, head_dim = values.shape
+    pages = poisoned_pages((num_rows, 1, 1, head_dim), FP8_DTYPE)
+    batch = dataclasses.replace(
+        make_batch([num_rows], [num_rows], block_size=1), slot_mapping=torch.arange(num_rows)
+    )
+    value = values.unsqueeze(1)
+    kernels.rope_and_write_kv(value.clone(), value, value, angles(num_rows, 2), pages, batch)
+    assert pages.value_scale is not None
+    return pages.value.view(num_rows, head_dim), pages.value_scale.view(num_rows)
+
+
+def test_every_fp8_code_survives_a_round_trip(kernels: Kernels) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE)
+    numbers = codes.float()
+    numbers[numbers.isnan()] = 0.0  # 0x7f and 0xff
+    got, scale = fp8_round_trip(kernels, numbers.unsqueeze(0))
+    assert scale.tolist() == [1.0]  # the largest code is 448
+    assert torch.equal(got[0].float(), numbers)
+    assert torch.equal(got[0].float().signbit()[1:127], numbers.signbit()[1:127])
+
+
+def test_fp8_rounds_to_nearest_even_as_torch_does(kernels: Kernels) -> None:
+    between = torch.arange(127, dtype=torch.uint8).view(FP8_DTYPE).float()
+    middles = (between[1:] + between[:-1]) / 2
+    nudged = torch.cat((middles, middles * (1 + 1e-6), middles * (1 - 1e-6), -middles))
+    values = torch.cat((nudged, torch.tensor([448.0]))).unsqueeze(0)
+    got, _ = fp8_round_trip(kernels, values)
+    assert torch.equal(got.float(), values.to(FP8_DTYPE).float())
+
+
+def test_fp8_scales_follow_the_largest_magnitude(kernels: Kernels) -> None:
+    values = torch.randn(40, 24) * torch.logspace(-20, 20, 40).unsqueeze(1)
+    values[7] = 0.0
+    got, scale = fp8_round_trip(kernels, values)
+    amax = values.abs().amax(dim=1).clamp(min=MIN_AMAX)
+    assert torch.equal(scale, amax / 448)
+    assert got[7].float().abs().max() == 0
+    is_scaled = values.abs().amax(dim=1) > MIN_AMAX
+    assert bool((got[is_scaled].float().abs().amax(dim=1) == 448).all())
+    assert not got.float().isnan().any()
+    restored = got.float() * scale.unsqueeze(1)
+    bound = values.abs() * 0.0626 + scale.unsqueeze(1) * 2.0**-9
+    assert bool(((restored - values).abs() <= bound).all())
+
+
+def test_a_nan_stays_one(kernels: Kernels) -> None:
+    values = torch.randn(2, 16)
+    values[0, 3] = torch.nan
+    got, scale = fp8_round_trip(kernels, values)
+    assert (got.float() * scale.unsqueeze(1))[0].isnan().any()
+    assert not (got.float() * scale.unsqueeze(1))[1].isnan().any()
+
+
+def test_native_agrees_with_the_reference_on_pages(native: Kernels) -> None:
+    for dtype in DTYPES:
+        case = RopeCase.make(dtype, FP8_DTYPE, query_lens=[30])
+        other = dataclasses.replace(
+            case,
+            query=case.query.clone(),
+            pages=poisoned_pages(tuple(case.pages.key.shape), FP8_DTYPE),  # type: ignore[arg-type] # four numbers
+        )
+        case.run(native)
+        other.run(reference_kernels())
+        # Values are not rotated, so both must round alike, bit for bit.
+        assert torch.equal(case.pages.value.view(torch.uint8), other.pages.value.view(torch.uint8))
+        slots = case.batch.slot_mapping
+        assert torch.equal(
+            read(case.pages.value, case.pages.value_scale, slots),
+            read(other.pages.value, other.pages.value_scale, slots),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_any_company(native: Kernels, dtype: torch.dtype) -> None:
+    num_rows = 200
+    x, weight = torch.randn(num_rows, 577).to(dtype), torch.randn(577).to(dtype)
+    gate = torch.randn(num_rows, 400).to(dtype)
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        norm, silu = native.rms_norm(x, weight, 1e-5), native.silu_and_mul(gate)
+        for i in range(0, num_rows, 13):
+            row = slice(i, i + 1)
+            assert torch.equal(native.rms_norm(x[row], weight, 1e-5), norm[row])
+            assert torch.equal(native.silu_and_mul(gate[row]), silu[row])
+
+
+def test_places_outside_the_pages_are_refused(native: Kernels) -> None:
+    case = RopeCase.make(torch.float32, torch.float32, query_lens=[4])
+    case.batch.slot_mapping[1] = case.pages.key.shape[0] * 16
+    with pytest.raises(ValueError, match="slot_mapping"):
+        case.run(native)
+    case = RopeCase.make(torch.float32, torch.float32, query_lens=[4])
+    case.batch.positions[3] = 10**6
+    with pytest.raises(ValueError, match="position"):
+        case.run(native)
+    assert case.pages.key.isnan().all()
