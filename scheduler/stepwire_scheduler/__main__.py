@@ -19,7 +19,7 @@ def main() -> int:
         return _fail(error.message, 2)
 
     # What follows takes most of the start; a wrong flag need not wait for it.
-    from stepwire_scheduler.logs import configure_logging
+    from stepwire_scheduler.logs import configure_logging, get_logger
     from stepwire_scheduler.server import serve
 
     configure_logging(config.log_level)
@@ -27,6 +27,9 @@ def main() -> int:
         _run(serve(config, announce=_announce))
     except ListenError as error:
         return _fail(error.message, 1)
+    except Exception:
+        get_logger("main").exception("ended by a defect")
+        return 1
     return 0
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -33,22 +34,19 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 _METRICS_INTERVAL_S = 0.25
-_STOP_GRACE_S = 2.0
+_STOP_GRACE_S = 1.0
+"""For answers on their way out; health watchers would stay for good."""
 
 log = get_logger("server")
 
 
 async def serve(config: SchedulerConfig, announce: Callable[[str], None]) -> None:
-    """Listen first, then load; on SIGTERM or SIGINT finish what runs and return.
+    """Listen first, then load; on SIGTERM or SIGINT finish what runs, on another end it.
 
     announce is called with HOST:PORT once health and metrics answer. Raises ListenError, and
-    whatever ends the step loop.
+    whatever else ends the scheduler.
     """
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-
+    stop, hurry = _catch_signals()
     model_name = config.served_model_name or _default_name(config.model)
     metrics = Metrics(model_name)
     step_loop = StepLoop(config, metrics)
@@ -61,31 +59,62 @@ async def serve(config: SchedulerConfig, announce: Callable[[str], None]) -> Non
         _enable_reflection(server)
     address = _bind(server, config.listen)
     await server.start()
-    metrics_server = _serve_metrics(config, metrics)
+    stop_metrics = _serve_metrics(config, metrics)
     announce(address)
     log.info("listening", address=address, model=model_name)
 
-    run = asyncio.create_task(step_loop.run(), name="step loop")
-    background = [
+    tasks = [
+        asyncio.create_task(step_loop.run(), name="step loop"),
         asyncio.create_task(_load_tokenizer(config, service, step_loop), name="load tokenizer"),
         asyncio.create_task(_watch_load(service, step_loop, metrics), name="watch load"),
     ]
-    stop = asyncio.create_task(stopping.wait(), name="wait for a signal")
+    failure = asyncio.create_task(_first_failure(tasks))
+    stopped = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({run, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if not run.done():
-            log.info("draining", timeout_ms=config.drain_timeout_ms)
-            await step_loop.drain(config.drain_timeout_ms / 1e3)
+        await asyncio.wait({failure, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            raise failure.result()
+        log.info("draining", timeout_ms=config.drain_timeout_ms)
+        await _drain(step_loop, config.drain_timeout_ms / 1e3, hurry)
     finally:
         await server.stop(_STOP_GRACE_S)
-        for task in (run, stop, *background):
+        everything: list[asyncio.Task[Any]] = [*tasks, failure, stopped]
+        for task in everything:
             task.cancel()
-        results = await asyncio.gather(run, stop, *background, return_exceptions=True)
-        if metrics_server is not None:
-            metrics_server()
-    if isinstance(results[0], Exception):
-        raise results[0]
+        await asyncio.wait(everything)
+        if stop_metrics is not None:
+            stop_metrics()
     log.info("stopped")
+
+
+def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Events of the first SIGTERM or SIGINT and of another."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop, hurry
+
+
+async def _first_failure(tasks: Iterable[asyncio.Task[None]]) -> BaseException:
+    """What ends one of the tasks; those that just finish are done."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    errors = (task.exception() for task in done if not task.cancelled())
+    return next((error for error in errors if error is not None), RuntimeError("all tasks ended"))
+
+
+async def _drain(step_loop: StepLoop, timeout_s: float, hurry: asyncio.Event) -> None:
+    """Let running requests finish, until the timeout or the event."""
+    drain = asyncio.create_task(step_loop.drain(timeout_s))
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait({drain, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not drain.done():
+        drain.cancel()
+        await step_loop.drain(0)
 
 
 def _default_name(model: str) -> str:

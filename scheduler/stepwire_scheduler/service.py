@@ -198,6 +198,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             log.info("request rejected", reason=error.reason, fields=fields)
             raise
         with bound_request(stream.request.request_id):
+            log.debug("request queued", num_prompt_tokens=len(stream.request.prompt_token_ids))
             try:
                 yield stream, num_waiting
             finally:
