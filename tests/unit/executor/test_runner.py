@@ -76,12 +76,19 @@ def test_prefill_and_decode_share_a_step_and_results_keep_the_work_lists_order(
 
 
 def test_a_slot_released_by_a_plan_can_be_taken_by_the_same_plan(executor: FakeExecutor) -> None:
-    executor.runner.execute(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+    params = sampling_params(presence_penalty=1.0, temperature=0.5, num_logprobs=1)
+    executor.runner.execute(
+        step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1], params=params)])
+    )
     other = [4, 4]
     result = executor.runner.execute(
         step(1, 2, {0: 2}, released=[0], admissions=[admission(0, other, [1])])
     )
     assert tokens_of(result) == {0: expected_continuation(other, 1)[0]}
+    batch = executor.sampler.batches[-1]
+    assert batch.adjustments == ()
+    assert batch.temperature.tolist() == [0.0]
+    assert batch.num_logprobs == (-1,)
 
 
 def test_copied_pages_hold_what_their_sources_held(executor: FakeExecutor) -> None:
