@@ -12,6 +12,7 @@ const protos = fileURLToPath(new URL("../../protos", import.meta.url));
 const definition = protoLoader.loadSync("stepwire/scheduler/v1/generation.proto", {
   includeDirs: [protos],
   keepCase: true,
+  defaults: true,
   longs: String,
   enums: String,
   oneofs: true,

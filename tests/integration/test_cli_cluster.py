@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from stepwire_client import Client, LocalCluster
+from stepwire_client import Client, Completed, LocalCluster, SamplingParams
 
+MARK = "MARK_OF_TEST"
 STEPWIRE = (sys.executable, "-m", "stepwire_client.cli")
 
 
-def children(log_dir: Path) -> list[str]:
-    """Command lines of running processes of a cluster on a cache of our own."""
+def children(tmp_path: Path) -> list[str]:
+    """Command lines of the schedulers and executors that run in our environment."""
     found: list[str] = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -24,15 +25,15 @@ def children(log_dir: Path) -> list[str]:
             environment = (process / "environ").read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if "-m stepwire_" in command and f"STEPWIRE_CACHE={log_dir}" in environment:
+        if "-m stepwire_" in command and f"{MARK}={tmp_path}\0" in environment:
             found.append(command)
     return [command for command in found if "stepwire_client" not in command]
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A cache of our own, by which our processes are told from others."""
-    return {**os.environ, "STEPWIRE_CACHE": str(tmp_path)}
+    """Has a variable by which our processes are told from others."""
+    return {**os.environ, MARK: str(tmp_path)}
 
 
 def test_run_answers_on_stdout_and_leaves_nothing_running(
@@ -90,10 +91,13 @@ def test_serve_finishes_what_runs_when_it_is_terminated(
         shown.append(line)
     assert any("grpcurl -plaintext" in line for line in shown)
     address = shown[-1].split()[-1]
-    with Client(address) as client, client.stream("Once upon a time") as stream:
+    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    with Client(address) as client, client.stream("Once upon a time", params) as stream:
         next(stream)
         process.send_signal(signal.SIGTERM)
-        list(stream)  # Runs to its end.
+        last = list(stream)[-1]
+    assert isinstance(last, Completed)
+    assert last.usage.num_output_tokens == 32
     _, err = process.communicate()
     assert process.returncode == 0
     assert err.splitlines()[-1] == "stopped"

@@ -29,7 +29,7 @@ from stepwire_client.errors import (
     RpcError,
 )
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 QUESTION = [ChatMessage("user", "What is the capital of France?")]
 
 
@@ -84,14 +84,14 @@ def test_every_field_at_fault_is_named(smollm2_client: Client) -> None:
 
 
 def test_a_prompt_of_10_mb_is_refused_and_neighbours_go_on(smollm2_client: Client) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
     with smollm2_client.stream("1, 2, 3,", params) as neighbour:
         next(neighbour)
         with pytest.raises(RpcError):
             smollm2_client.generate("x" * 10_000_000)
         events = list(neighbour)
     assert isinstance(events[-1], Completed)
-    assert events[-1].usage.num_output_tokens == 64
+    assert events[-1].usage.num_output_tokens == 32
 
 
 def test_cancel_from_elsewhere_ends_a_stream(smollm2_client: Client) -> None:
@@ -136,7 +136,7 @@ async def test_concurrent_requests_get_their_own_answers(smollm2_cluster: LocalC
 def test_a_killed_executor_is_replaced_and_the_stream_goes_on(
     smollm2_cluster: LocalCluster, smollm2_client: Client
 ) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     undisturbed = smollm2_client.generate("The first ten numbers are", params)
     first_pid = smollm2_cluster.pids["executor"]
     token_ids: list[int] = []
