@@ -132,14 +132,17 @@ class _HeaderReader:
     def _damaged(self, what: str) -> ModelLoadError:
         return ModelLoadError(f"{self._file_name} is damaged: {what}; download it again")
 
+    def _truncated(self) -> ModelLoadError:
+        return ModelLoadError(
+            f"{self._file_name} is truncated: its header goes on past {self._size} bytes; "
+            "download it again"
+        )
+
     def _take(self, num_bytes: int) -> int:
         """Step over bytes that must be there; returns where they start."""
         start = self._position
         if num_bytes > self._size - start:
-            raise ModelLoadError(
-                f"{self._file_name} is truncated: its header goes on past "
-                f"{self._size} bytes; download it again"
-            )
+            raise self._truncated()
         self._position = start + num_bytes
         return start
 
@@ -161,6 +164,20 @@ class _HeaderReader:
         start = self._take(self._count(1))
         return self._data[start : self._position].decode("utf-8", errors="replace")
 
+    def _strings(self, count: int) -> list[str]:
+        """Many strings; a vocabulary has 10^5, so the loop is kept flat."""
+        data, size, position = self._data, self._size, self._position
+        read_length = struct.Struct("<Q").unpack_from
+        strings: list[str] = []
+        for _ in range(count):
+            start = position + 8
+            position = start + read_length(data, position)[0] if start <= size else size + 1
+            if position > size:
+                raise self._truncated()
+            strings.append(data[start:position].decode("utf-8", errors="replace"))
+        self._position = position
+        return strings
+
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
             return self._string()
@@ -171,7 +188,7 @@ class _HeaderReader:
             return self._scalar(layout)
         item_kind = self._scalar("<I")
         if item_kind == _STRING:
-            return [self._string() for _ in range(self._count(8))]
+            return self._strings(self._count(8))
         layout = _SCALARS.get(item_kind)
         if layout is None:
             raise self._damaged(f"{key!r} is an array of unknown type {item_kind}")
