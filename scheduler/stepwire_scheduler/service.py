@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,16 @@ from stepwire_scheduler.errors import (
 from stepwire_scheduler.logs import bound_request, get_logger
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.request_stream import RequestStream, Scheduled, SequenceOutput
-from stepwire_scheduler.sequence import FinishReason, Logprobs
+from stepwire_scheduler.responses import (
+    encode_output,
+    encode_scheduled,
+    encode_timings,
+    encode_usage,
+    extend_choice,
+)
+from stepwire_scheduler.sampling_validation import ModelLimits
 from stepwire_scheduler.step_loop import ServingState, StepLoop, now_ms
 from stepwire_scheduler.validation import (
-    ModelLimits,
     check_detokenize,
     check_tokenize,
     encode_prompt,
@@ -43,11 +49,6 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _MAX_TOKENIZED = 32_768
 """Tokens that Tokenize answers with, or the model's context where that is longer."""
 
-_FINISH_REASONS = {
-    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
-}
 _MODEL_STATES = {
     ServingState.CONNECTING: generation_pb2.MODEL_STATE_CONNECTING,
     ServingState.LOADING: generation_pb2.MODEL_STATE_LOADING,
@@ -95,12 +96,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             ]
             async for event in stream:
                 if isinstance(event, SequenceOutput):
-                    _extend_choice(choices[event.index], event)
+                    extend_choice(choices[event.index], event)
             return generation_pb2.GenerateResponse(
                 request_id=stream.request.request_id,
                 choices=choices,
-                usage=_usage(stream),
-                timings=_timings(stream),
+                usage=encode_usage(stream),
+                timings=encode_timings(stream),
             )
 
     async def GenerateStream(  # type: ignore[override]  # noqa: N802 - the name is the protocol's
@@ -118,10 +119,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             await writer.write(queued=queued)
             async for event in stream:
                 if isinstance(event, Scheduled):
-                    await writer.write(scheduled=_scheduled(event))
+                    await writer.write(scheduled=encode_scheduled(event))
                 else:
-                    await writer.write(output=_output(event))
-            completed = generation_pb2.Completed(usage=_usage(stream), timings=_timings(stream))
+                    await writer.write(output=encode_output(event))
+            completed = generation_pb2.Completed(
+                usage=encode_usage(stream), timings=encode_timings(stream)
+            )
             await writer.write(completed=completed)
 
     async def Cancel(  # noqa: N802 - the name is the protocol's
@@ -270,75 +273,3 @@ class _EventWriter:
                 await self._context.write(response)
         except TimeoutError:
             raise SlowReaderError("the output was not read for too long") from None
-
-
-def _scheduled(event: Scheduled) -> generation_pb2.Scheduled:
-    return generation_pb2.Scheduled(
-        index=event.index, queue_ms=event.queue_ms, num_cached_tokens=event.num_cached_tokens
-    )
-
-
-def _output(event: SequenceOutput) -> generation_pb2.Output:
-    output = generation_pb2.Output(
-        index=event.index,
-        text=event.text,
-        token_ids=event.token_ids,
-        logprobs=_logprobs(event.logprobs),
-    )
-    if event.finish_reason is not None:
-        output.finish_reason = _FINISH_REASONS[event.finish_reason]
-    _set_stop_cause(output, event)
-    return output
-
-
-def _extend_choice(choice: generation_pb2.Choice, event: SequenceOutput) -> None:
-    choice.text += event.text
-    choice.token_ids.extend(event.token_ids)
-    choice.logprobs.extend(_logprobs(event.logprobs))
-    if event.finish_reason is not None:
-        choice.finish_reason = _FINISH_REASONS[event.finish_reason]
-    _set_stop_cause(choice, event)
-
-
-def _set_stop_cause(
-    message: generation_pb2.Output | generation_pb2.Choice, event: SequenceOutput
-) -> None:
-    if event.stop_string is not None:
-        message.stop_string = event.stop_string
-    elif event.stop_token_id is not None:
-        message.stop_token_id = event.stop_token_id
-
-
-def _logprobs(entries: Iterable[Logprobs]) -> list[generation_pb2.TokenLogprob]:
-    return [
-        generation_pb2.TokenLogprob(
-            token_id=entry.token_id,
-            logprob=entry.logprob,
-            rank=entry.rank,
-            top=[
-                generation_pb2.AlternativeToken(token_id=token_id, logprob=logprob)
-                for token_id, logprob in zip(entry.top_token_ids, entry.top_logprobs, strict=True)
-            ],
-        )
-        for entry in entries
-    ]
-
-
-def _usage(stream: RequestStream) -> generation_pb2.Usage:
-    usage = stream.usage
-    return generation_pb2.Usage(
-        num_prompt_tokens=usage.num_prompt_tokens,
-        num_output_tokens=usage.num_output_tokens,
-        num_cached_tokens=usage.num_cached_tokens,
-        num_preemptions=usage.num_preemptions,
-    )
-
-
-def _timings(stream: RequestStream) -> generation_pb2.Timings:
-    timings = stream.timings
-    return generation_pb2.Timings(
-        queue_ms=timings.queue_ms,
-        ttft_ms=timings.ttft_ms,
-        tpot_ms=timings.tpot_ms,
-        e2e_ms=timings.e2e_ms,
-    )

@@ -450,3 +450,18 @@ async def test_refusals_are_counted_by_reason(tokenizer: Tokenizer) -> None:
         "stepwire_requests_rejected_total", {"reason": "INVALID_REQUEST"}
     )
     assert value == 1
+
+
+async def test_the_status_of_many_faults_arrives(tokenizer: Tokenizer) -> None:
+    """It travels in metadata, where a client takes 8 KiB."""
+    biases = {2**32 - 1 - i: float("nan") for i in range(1_024)}
+    message = pb.GenerationInput(
+        request_id="x" * 500,
+        token_ids=pb.TokenIds(ids=[2**32 - 1] * 100),
+        sampling_params=pb.SamplingParams(logit_bias=biases, stop_token_ids=[2**32 - 1] * 64),
+    )
+    async with served(tokenizer) as harness:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.stub.Generate(pb.GenerateRequest(input=message))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(violated(caught.value)) == 32
