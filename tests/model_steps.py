@@ -43,11 +43,15 @@ class ModelSteps:
         self._free_blocks: list[int] = order.tolist()
 
     def step(
-        self, work: Sequence[tuple[SteppedSequence, int]], *, all_rows: bool = False
+        self,
+        work: Sequence[tuple[SteppedSequence, int]],
+        *,
+        all_rows: bool = False,
+        no_rows: bool = False,
     ) -> Tensor:
         """Compute the next tokens of some sequences.
 
-        Returns the logits of each sequence's last token of the step, or of every token.
+        Returns the logits of each sequence's last token of the step, of every token, or none.
         """
         positions: list[int] = []
         token_ids: list[int] = []
@@ -78,6 +82,6 @@ class ModelSteps:
                 [s.block_ids + [-1] * (width - len(s.block_ids)) for s, _ in work],
                 dtype=torch.int32,
             ),
-            logit_rows=torch.tensor(list(rows)),
+            logit_rows=torch.tensor([] if no_rows else list(rows), dtype=torch.int64),
         )
         return self._model.decoder.forward(batch, self.cache)
