@@ -13,8 +13,8 @@ from stepwire_executor.errors import ConfigError, ListenError
 from stepwire_executor.host import usable_cores
 
 USAGE_STATUS = 2
-SPIN_COUNT = "5000"
-"""Turns that an idle OpenMP thread waits awake before it sleeps, some tens of microseconds.
+SPIN_COUNT = "1000"
+"""Turns that an idle OpenMP thread waits awake before it sleeps.
 
 Sleeping at once costs a wake-up for each of the hundreds of parallel regions of a step;
 spinning for long takes the core from a thread that the others wait for, and from the scheduler.
