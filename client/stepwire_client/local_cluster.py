@@ -56,6 +56,7 @@ class LocalCluster:
         self._is_up = threading.Event()
         self._was_ready = threading.Event()
         self._stopping = threading.Event()
+        self._hurry = threading.Event()
         self._owner_pid = os.getpid()
         self._processes: dict[str, ManagedProcess] = {}
         # Children are bound to the thread that starts them (see child_process), so one thread
@@ -133,10 +134,16 @@ class LocalCluster:
         self.raise_if_failed()
         return not self._thread.is_alive()
 
-    def stop(self) -> None:
-        """Let requests finish for stop_timeout_s, then end both processes; may be repeated."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """End both processes; may be repeated.
+
+        Requests have stop_timeout_s to finish, unless at_once, which also shortens a stop that
+        is under way.
+        """
         if os.getpid() != self._owner_pid:
             return  # A fork of the owner inherits its atexit calls, not its children.
+        if at_once:
+            self._hurry.set()
         self._stopping.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
@@ -161,7 +168,7 @@ class LocalCluster:
             # The scheduler first: it drains, and needs the executor for that.
             for name in ("scheduler", "executor"):
                 if process := self._processes.get(name):
-                    process.stop(self.config.stop_timeout_s)
+                    process.stop(self.config.stop_timeout_s, self._hurry)
             self._is_up.set()
 
     def _start_processes(self) -> None:

@@ -89,6 +89,8 @@ class ManagedProcess:
         else:
             how = f"ended with code {code}"
         said = last_message(self.log)
+        for own_name in (f"stepwire_{self.name}: ", f"stepwire-{self.name}: "):
+            said = said.removeprefix(own_name)
         return (
             f"the {self.name} {how}: {said}" if said else f"the {self.name} {how}: see {self.log}"
         )
@@ -98,11 +100,16 @@ class ManagedProcess:
         if self.exit_code() is None:
             self._process.terminate()
 
-    def stop(self, timeout_s: float) -> None:
-        """Ask it to end, then kill it and whatever it started."""
+    def stop(self, timeout_s: float, hurry: threading.Event | None = None) -> None:
+        """Ask it to end; then, or once hurry is set, kill it and whatever it started."""
         self.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while (remaining_s := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(min(remaining_s, 0.1))
+                break
+            if hurry is not None and hurry.is_set():
+                break
         # The session is the process's own: nobody else is in its group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -119,17 +126,30 @@ class ManagedProcess:
 
 
 def last_message(log: Path) -> str:
-    """The last line of a log, without its JSON wrapping where it has one; "" if it is empty."""
+    """What a log last complains of: a plain line or an error record, else the last record.
+
+    "" if the log is empty.
+    """
     with log.open("rb") as opened:
         opened.seek(max(0, log.stat().st_size - TAIL_BYTES))
         lines = opened.read().decode(errors="replace").strip().splitlines()
-    if not lines:
-        return ""
+    for line in reversed(lines):
+        record = _record(line)
+        if record is None:
+            return line.strip()
+        if record.get("level") in ("error", "critical"):
+            return _message(record)
+    return _message(_record(lines[-1]) or {}) if lines else ""
+
+
+def _record(line: str) -> dict[str, object] | None:
     try:
-        record = json.loads(lines[-1])
+        record = json.loads(line)
     except ValueError:
-        return lines[-1].strip()
-    if not isinstance(record, dict):
-        return lines[-1].strip()
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _message(record: dict[str, object]) -> str:
     parts = (record.get("event"), record.get("error"))
-    return ": ".join(str(part) for part in parts if part) or lines[-1].strip()
+    return ": ".join(str(part) for part in parts if part)

@@ -31,6 +31,7 @@ def build_app() -> cyclopts.App:
     app = cyclopts.App(
         name="stepwire",
         help="Serve large language models as microservices.",
+        version=_version,
         help_epilogue=(
             "Every option can be set in the environment: STEPWIRE_MODEL, STEPWIRE_DTYPE, …; "
             "an option on the command line wins."
@@ -74,6 +75,12 @@ def fail(message: str, *, code: int = 1) -> NoReturn:
     """Print one line and exit."""
     print(f"stepwire: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    return metadata.version("stepwire")
 
 
 def _usage_error(error: cyclopts.CycloptsError) -> str:

@@ -73,8 +73,7 @@ def serve(
         while not local_cluster.wait(0.1):
             if wants_end.is_set():
                 note("draining: running requests finish; press Ctrl-C again to stop at once")
-                _let_interrupts_through()
-                break
+                _stop(local_cluster)
     note("stopped")
 
 
@@ -109,9 +108,16 @@ def _end_signals() -> threading.Event:
     return wants_end
 
 
-def _let_interrupts_through() -> None:
+def _stop(cluster: LocalCluster) -> None:
+    """Drain; a second signal ends that."""
+
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, interrupt)
+    try:
+        cluster.stop()
+    except KeyboardInterrupt:
+        cluster.stop(at_once=True)
+        raise

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from stepwire_client import ClusterConfig, LocalCluster, local_cluster
 from stepwire_client.errors import ClusterError, ProcessExitedError, StartTimeoutError
+from stepwire_client.managed_process import last_message
 
 FAKE = str(Path(__file__).with_name("fake_process.py"))
 
@@ -142,6 +144,17 @@ def test_a_process_that_ignores_sigterm_is_killed(config: ClusterConfig, record:
     assert not any(map(is_running, pids.values()))
 
 
+def test_a_stop_under_way_can_be_hurried(config: ClusterConfig, record: Path) -> None:
+    record.with_suffix(".scheduler").write_text("stubborn")
+    cluster = LocalCluster(replace(config, stop_timeout_s=600.0)).start()
+    patient = threading.Thread(target=cluster.stop)
+    patient.start()
+    cluster.stop(at_once=True)
+    patient.join(10)
+    assert not patient.is_alive()
+    assert not any(map(is_running, cluster.pids.values()))
+
+
 def test_an_executor_that_dies_starts_again_on_its_port(
     config: ClusterConfig, record: Path
 ) -> None:
@@ -245,6 +258,24 @@ def test_a_fork_of_the_owner_does_not_stop_the_cluster(config: ClusterConfig) ->
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
         assert all(map(is_running, cluster.pids.values()))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"event": "a"}', '{"event": "b", "error": "c"}'], "b: c"),
+        (['{"event": "x", "error": "why", "level": "error"}', '{"event": "y"}'], "x: why"),
+        (["stepwire: give --model", '{"event": "stopping"}'], "stepwire: give --model"),
+        (["[1, 2]"], "[1, 2]"),
+        ([], ""),
+    ],
+)
+def test_a_log_is_quoted_by_what_it_complains_of(
+    tmp_path: Path, lines: list[str], message: str
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("\n".join(lines))
+    assert last_message(log) == message
 
 
 def test_logs_of_old_clusters_are_removed(
