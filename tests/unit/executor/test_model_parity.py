@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
         **COMMON, head_dim=16, tie_word_embeddings=True, attention_bias=True
     ),
 }
+KERNELS = {
+    "reference": select_kernels(CPU, backend="reference"),
+    "auto": select_kernels(CPU, backend="auto"),
+}
 SHARDED = {"llama-llama3", "qwen2-tied"}
 
 
@@ -86,13 +91,28 @@ class Pair:
     """The same weights in both."""
 
     reference: Any
-    model: LoadedModel
+    models: dict[str, LoadedModel]
+    """By kernel backend."""
     directory: Path
 
     def reference_logits(self, token_ids: list[int]) -> Tensor:
         """[num_tokens, vocab_size]."""
         with torch.inference_mode():
             return self.reference(torch.tensor([token_ids])).logits[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Waking a second thread costs more than these sizes take."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(params=KERNELS)
+def model(request: pytest.FixtureRequest, pair: Pair) -> LoadedModel:
+    return pair.models[request.param]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -108,10 +128,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     shard = {"max_shard_size": "30KB"} if request.param in SHARDED else {}
     reference.save_pretrained(directory, **shard)
     assert (directory / "model.safetensors.index.json").exists() == bool(shard)
-    model = load_model(
-        directory, dtype="auto", kernels=select_kernels(CPU, backend="reference"), device=CPU
-    )
-    return Pair(reference=reference, model=model, directory=directory)
+    models = {
+        backend: load_model(directory, dtype="auto", kernels=kernels, device=CPU)
+        for backend, kernels in KERNELS.items()
+    }
+    return Pair(reference=reference, models=models, directory=directory)
 
 
 def _tokens(count: int, seed: int) -> list[int]:
@@ -119,15 +140,17 @@ def _tokens(count: int, seed: int) -> list[int]:
     return torch.randint(VOCAB_SIZE, (count,), generator=generator).tolist()
 
 
-def test_prefill_logits_of_every_token_equal_transformers(pair: Pair) -> None:
+def test_prefill_logits_of_every_token_equal_transformers(pair: Pair, model: LoadedModel) -> None:
     tokens = _tokens(45, seed=1)
-    logits = ModelSteps(pair.model).step([(SteppedSequence(tokens), len(tokens))], all_rows=True)
+    logits = ModelSteps(model).step([(SteppedSequence(tokens), len(tokens))], all_rows=True)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, pair.reference_logits(tokens), atol=TOLERANCE, rtol=0)
 
 
-def test_chunked_prefill_and_decode_in_a_mixed_batch_equal_transformers(pair: Pair) -> None:
-    steps = ModelSteps(pair.model)
+def test_chunked_prefill_and_decode_in_a_mixed_batch_equal_transformers(
+    pair: Pair, model: LoadedModel
+) -> None:
+    steps = ModelSteps(model)
     decoding, chunked, late = (
         SteppedSequence(_tokens(count, seed)) for count, seed in ((33, 2), (41, 3), (18, 4))
     )
@@ -158,13 +181,12 @@ def test_config_written_by_transformers_4_loads_the_same_model(pair: Pair, tmp_p
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(values))
 
-    kernels = select_kernels(CPU, backend="reference")
-    model = load_model(tmp_path, dtype="auto", kernels=kernels, device=CPU)
+    loaded = load_model(tmp_path, dtype="auto", kernels=KERNELS["reference"], device=CPU)
 
-    assert model.config == pair.model.config
-    assert model.fingerprint == pair.model.fingerprint
+    assert loaded.config == pair.models["reference"].config
+    assert loaded.fingerprint == pair.models["reference"].fingerprint
 
 
-def test_weight_bytes_count_every_parameter(pair: Pair) -> None:
+def test_weight_bytes_count_every_parameter(pair: Pair, model: LoadedModel) -> None:
     num_parameters = sum(parameter.numel() for parameter in pair.reference.parameters())
-    assert pair.model.weight_bytes >= 4 * num_parameters
+    assert model.weight_bytes >= 4 * num_parameters
