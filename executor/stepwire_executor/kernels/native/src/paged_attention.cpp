@@ -94,48 +94,62 @@ struct Tile {
   float* values;  // [TILE][padded_dim]
 };
 
+// W tokens by W elements of keys and values, of which `count` tokens and `width` elements exist.
+// IS_WHOLE: all of them, known when compiled.
+template <class Page, bool IS_WHOLE>
+inline void load_square(const Call& call, const int64_t* vectors, int64_t count, int64_t d,
+                        int64_t width, float* keys, float* values, int64_t dim) {
+  const auto* key_pages = static_cast<const Page*>(call.key_pages);
+  const auto* value_pages = static_cast<const Page*>(call.value_pages);
+  vf rows[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    vf value = {};
+    rows[i] = vf{};
+    if (IS_WHOLE || i < count) {
+      const int64_t offset = vectors[i] * call.head_dim + d;
+      if (IS_WHOLE || width == W) {
+        rows[i] = load(key_pages + offset);
+        value = load(value_pages + offset);
+      } else {
+        rows[i] = load_first(key_pages + offset, width);
+        value = load_first(value_pages + offset, width);
+      }
+      if constexpr (std::is_same_v<Page, e4m3>) {
+        rows[i] *= call.key_scales[vectors[i]];
+        value *= call.value_scales[vectors[i]];
+      }
+    }
+    store(values + i * dim + d, value);
+  }
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(keys + (d + i) * TILE, rows[i]);
+}
+
 template <class Page>
 void load_tile(const Call& call, const Task& task, int64_t start, const Tile& tile) {
   const int64_t dim = call.padded_dim();
   const int64_t count = std::min<int64_t>(TILE, task.end() - start);
   const int32_t* blocks = call.block_table + task.seq * call.block_table_stride;
-  int64_t vectors[TILE];
+  int64_t vectors[TILE];  // where each token's key and value lie, in units of head_dim
+  int64_t block = start / call.block_size, offset = start % call.block_size;
   for (int64_t t = 0; t < count; ++t) {
-    const int64_t position = start + t;
-    const int64_t block = blocks[position / call.block_size];
-    vectors[t] = (block * call.num_kv_heads + task.kv_head) * call.block_size +
-                 position % call.block_size;
+    vectors[t] = (blocks[block] * call.num_kv_heads + task.kv_head) * call.block_size + offset;
+    if (++offset == call.block_size) {
+      offset = 0;
+      ++block;
+    }
   }
-  const auto* keys = static_cast<const Page*>(call.key_pages);
-  const auto* values = static_cast<const Page*>(call.value_pages);
   for (int64_t t = 0; t < count; t += W) {
     for (int64_t d = 0; d < dim; d += W) {
       const int64_t width = std::min<int64_t>(W, call.head_dim - d);
-      vf rows[W];
-      for (int i = 0; i < W; ++i) {
-        if (t + i >= count) {
-          rows[i] = vf{};
-          continue;
-        }
-        const int64_t vector = vectors[t + i];
-        const Page* key = keys + vector * call.head_dim + d;
-        const Page* value = values + vector * call.head_dim + d;
-        vf v;
-        if (width == W) {
-          rows[i] = load(key);
-          v = load(value);
-        } else {
-          rows[i] = load_first(key, width);
-          v = load_first(value, width);
-        }
-        if constexpr (std::is_same_v<Page, e4m3>) {
-          rows[i] *= call.key_scales[vector];
-          v *= call.value_scales[vector];
-        }
-        store(tile.values + (t + i) * dim + d, v);
-      }
-      transpose(rows);
-      for (int i = 0; i < W; ++i) store(tile.keys + (d + i) * TILE + t, rows[i]);
+      float* values = tile.values + t * dim;
+      if (t + W <= count && width == W)
+        load_square<Page, true>(call, vectors + t, W, d, W, tile.keys + t, values, dim);
+      else
+        load_square<Page, false>(call, vectors + t, count - t, d, width, tile.keys + t, values,
+                                 dim);
     }
   }
 }

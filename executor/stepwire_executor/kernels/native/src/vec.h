@@ -131,14 +131,12 @@ inline vf widen(vh x, f16) {
 }
 
 inline vf widen(vb x, e4m3) {
-  const vu code = __builtin_convertvector(x, vu);
-  const vu magnitude = code & 0x7f;
-  // Exponent bias 7 becomes 127. Subnormals then lack their shift: they read 2^-7 (1 + m/8)
-  // and mean 2^-6 (m/8).
-  vf value = (vf)((magnitude << 20) + (120u << 23));
-  value = magnitude < 8 ? (value - 0x1p-7f) * 2.0f : value;
-  value = magnitude == 0x7f ? splat(std::numeric_limits<float>::quiet_NaN()) : value;
-  return (vf)((vu)value | ((code & 0x80) << 24));
+  // Read as the upper bits of a float16, exponent bias 15 instead of 7, a code is 2^-8 of its
+  // value, subnormals included.
+  const vh code = __builtin_convertvector(x, vh);
+  const vh magnitude = code & 0x7f;
+  const vh half = (magnitude << 7) | ((code & 0x80) << 8);
+  return widen(magnitude == 0x7f ? half | 0x7e00 : half, f16{}) * 256.0f;
 }
 
 inline vh narrow(vf x, bf16) {
