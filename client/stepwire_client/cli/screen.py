@@ -59,15 +59,14 @@ def closing_line(usage: Usage, timings: Timings, *, first_token_s: float | None)
 
 
 class PhaseProgress:
-    """Named phases: a bar on a terminal, a line for each phase elsewhere.
+    """Named phases: a line for each that ends, and on a terminal a bar for the one that runs.
 
     Nothing is imported or drawn before the first phase.
     """
 
     def __init__(self) -> None:
-        self._started_at = time.monotonic()
         self._phase = ""
-        self._phase_started_at = self._started_at
+        self._phase_started_at = 0.0
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -80,18 +79,17 @@ class PhaseProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is None:
+            self._close_phase()
         if self._progress is not None:
             self._progress.stop()
-        elif self._phase and error is None:
-            self._close_phase()
 
     def update(self, phase: str, fraction: float) -> None:
         """Show a phase; fraction: how much is done, 0 to 1."""
+        if phase != self._phase:
+            self._close_phase()
+            self._phase, self._phase_started_at = phase, time.monotonic()
         if not sys.stderr.isatty():
-            if phase != self._phase:
-                if self._phase:
-                    self._close_phase()
-                self._phase, self._phase_started_at = phase, time.monotonic()
             return
         if self._progress is None:
             self._progress = _new_bar()
@@ -109,7 +107,13 @@ class PhaseProgress:
             self.update("start", 0.0)
 
     def _close_phase(self) -> None:
-        note(f"  {self._phase}: {time.monotonic() - self._phase_started_at:.1f} s")
+        if not self._phase:
+            return
+        line = f"  {self._phase}: {time.monotonic() - self._phase_started_at:.1f} s"
+        if self._progress is not None:
+            self._progress.console.print(line, highlight=False, markup=False)
+        else:
+            note(line)
 
 
 def _new_bar() -> Progress:
