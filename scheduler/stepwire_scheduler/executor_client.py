@@ -126,6 +126,7 @@ class PlanStream:
             for channel in channels
         ]
         self._plans: dict[int, StepPlan] = {}
+        """Without a result, oldest first."""
 
     async def open(self, model_fingerprint: str) -> None:
         """Send OpenEpoch and wait for every rank's answer."""
@@ -154,9 +155,10 @@ class PlanStream:
                 result.slot_table_checksum,
             ):
                 raise PlanStreamError(f"ranks diverged at step {result.step_id}")
-        plan = self._plans.pop(result.step_id, None)
-        if plan is None or result.epoch != self.epoch:
-            raise PlanStreamError(f"a result came for step {result.step_id}, which is not out")
+        oldest = next(iter(self._plans), None)
+        if (result.epoch, result.step_id) != (self.epoch, oldest):
+            raise PlanStreamError(f"a result came for step {result.step_id}, not for {oldest}")
+        plan = self._plans.pop(result.step_id)
         timings = result.timings
         return StepReply(
             epoch=result.epoch,

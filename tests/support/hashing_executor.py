@@ -1,0 +1,125 @@
+"""A loopback executor over the simulated one: real streams, checkable tokens, planted faults."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stepwire.executor.v1 import executor_pb2 as pb
+from stepwire.executor.v1 import executor_pb2_grpc
+from stepwire_scheduler.plan import Admission, StepPlan
+from stepwire_scheduler.sequence import SamplingParams
+from support.simulated_executor import SimulatedExecutor, hashed_sample
+
+Corrupt = Callable[[pb.StepResult], pb.StepResult | None]
+"""Changes a result on its way out; None keeps it back for good."""
+
+VOCAB_SIZE = 390
+
+
+@dataclass
+class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
+    """Samples hashes of the tokens so far and fails where KV would be wrong."""
+
+    num_blocks: int = 64
+    block_size: int = 4
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 64
+    step_seconds: float = 0.0
+    corrupt: Corrupt = lambda result: result
+    description: dict[str, Any] = field(default_factory=dict)
+    """Overrides of what Describe says."""
+    num_epochs: int = 0
+    num_steps: int = 0
+    calls: list[Any] = field(default_factory=list)
+
+    async def Describe(  # noqa: N802 - the name is the protocol's
+        self, request: pb.DescribeRequest, context: Any
+    ) -> pb.DescribeResponse:
+        says: dict[str, Any] = {
+            "load_state": pb.LOAD_STATE_READY,
+            "load_fraction": 1.0,
+            "world_size": 1,
+            "model_fingerprint": "hash",
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": 1024,
+            "block_size": self.block_size,
+            "num_blocks": self.num_blocks,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+        }
+        return pb.DescribeResponse(**(says | self.description))
+
+    async def Execute(  # noqa: N802 - the name is the protocol's
+        self, requests: AsyncIterator[pb.ExecuteRequest], context: Any
+    ) -> AsyncIterator[pb.ExecuteResponse]:
+        self.calls.append(context)
+        simulated = SimulatedExecutor(
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            sample=hashed_sample(VOCAB_SIZE),
+        )
+        async for request in requests:
+            if request.WhichOneof("message") == "open_epoch":
+                self.num_epochs += 1
+                opened = pb.EpochOpened(epoch=request.open_epoch.epoch)
+                yield pb.ExecuteResponse(epoch_opened=opened)
+                continue
+            await asyncio.sleep(self.step_seconds)
+            self.num_steps += 1
+            result = self.corrupt(_execute(simulated, request.step_plan))
+            if result is not None:
+                yield pb.ExecuteResponse(step_result=result)
+
+
+def expected_output(prompt: list[int], num_tokens: int, stream: int = 0) -> list[int]:
+    """What an undisturbed run generates."""
+    sample, tokens = hashed_sample(VOCAB_SIZE), list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(sample(tokens, stream))
+    return tokens[len(prompt) :]
+
+
+def _execute(simulated: SimulatedExecutor, plan: pb.StepPlan) -> pb.StepResult:
+    known_before = {slot: len(state.token_ids) for slot, state in simulated.slots.items()}
+    known_before |= {admission.slot: len(admission.token_ids) for admission in plan.admissions}
+    outcome = simulated.execute(
+        StepPlan(
+            step_id=plan.step_id,
+            released_slots=list(plan.released_slots),
+            admissions=[
+                Admission(
+                    slot=admission.slot,
+                    token_ids=array("I", admission.token_ids),
+                    num_prompt_tokens=admission.num_prompt_tokens,
+                    num_computed_tokens=admission.num_computed_tokens,
+                    block_ids=list(admission.block_ids),
+                    sampling_params=SamplingParams(max_tokens=1),
+                    stream=admission.sampling_params.stream,
+                    suppressed_token_ids=(),
+                )
+                for admission in plan.admissions
+            ],
+            appended_slots=list(plan.appended_slots),
+            appended_block_ids=list(plan.appended_block_ids),
+            work_slots=list(plan.work_slots),
+            work_num_tokens=list(plan.work_num_tokens),
+        )
+    )
+    sampled = [
+        slot
+        for slot in plan.work_slots
+        if len(simulated.slots[slot].token_ids) > known_before[slot]
+    ]
+    return pb.StepResult(
+        epoch=plan.epoch,
+        step_id=plan.step_id,
+        sampled_slots=sampled,
+        num_sampled_tokens=[1] * len(sampled),
+        sampled_token_ids=outcome.sampled_token_ids,
+    )
