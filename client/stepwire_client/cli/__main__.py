@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import cyclopts
 
-from stepwire_client.errors import StepwireError
+from stepwire_client.errors import SettingError, StepwireError
 
 COMMANDS = {
     "run": "Answer one prompt: start a cluster, stream the answer, stop the cluster.",
@@ -49,12 +49,16 @@ def build_app() -> cyclopts.App:
 
 def main() -> NoReturn:
     """Run the command that sys.argv names, and exit."""
+    # gRPC's own log would mix with the answer; errors come as exceptions.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # A terminated command cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = build_app()(sys.argv[1:], exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         fail(_usage_error(error), code=2)
+    except SettingError as error:
+        fail(str(error), code=2)
     except StepwireError as error:
         fail(str(error))
     except (KeyboardInterrupt, EOFError):

@@ -17,7 +17,7 @@ from stepwire_client.benchmark.workload import WorkItem, random_workload, read_w
 from stepwire_client.cli.screen import PhaseProgress
 from stepwire_client.client import DEFAULT_ADDRESS
 from stepwire_client.errors import SettingError, StepwireError
-from stepwire_client.events import ModelInfo
+from stepwire_client.events import ModelInfo, ModelState
 from stepwire_client.params import SamplingParams
 
 LATENCY_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
@@ -97,9 +97,12 @@ def bench(
 
     async def run() -> tuple[ModelInfo, dict[str, Any]]:
         async with AsyncClient(address) as client:
+            # Asked at once, so that a server that is not there is not waited for.
             model = await client.get_model()
-            workload = workload_for(model)
             with PhaseProgress() as progress:
+                if model.state is not ModelState.READY:
+                    model = await client.wait_until_ready(on_progress=progress.update_from)
+                workload = workload_for(model)
                 # Other prompts than the measured ones, so that these are not in the cache.
                 for i in range(num_warmups):
                     progress.update("warm up", i / num_warmups)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_generation_service import FakeGenerationService, serving
+from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_client import Client, ClusterConfig
 from stepwire_client.cli import plan, session
 from stepwire_client.cli.__main__ import COMMANDS, main
@@ -203,6 +204,16 @@ def test_bench_writes_the_fields_of_vllm(run: Run, address: str, tmp_path: Path)
         assert name in result
 
 
+def test_bench_waits_for_a_model_that_loads(
+    run: Run, address: str, service: FakeGenerationService
+) -> None:
+    service.states = [pb.MODEL_STATE_LOADING] * 3 + [pb.MODEL_STATE_READY]
+    code, out, err = run("bench", "--address", address, "--num-prompts", "2")
+    assert code == 0
+    assert "2 completed, 0 failed" in out
+    assert "load: read weights" in err
+
+
 def test_bench_at_a_rate(run: Run, address: str) -> None:
     code, out, _ = run(
         *("bench", "--address", address, "--num-prompts", "4", "--input-len", "3"),
@@ -219,7 +230,7 @@ def test_bench_refuses_what_makes_no_sense(
     run: Run, address: str, arguments: tuple[str, str]
 ) -> None:
     code, _, err = run("bench", "--address", address, *arguments)
-    assert code == 1
+    assert code == 2
     assert arguments[0] in err
 
 
