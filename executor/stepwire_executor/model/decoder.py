@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -62,9 +63,11 @@ class Decoder:
         num_parts = config.num_layers + 2  # the embedding and the head weigh about a layer each
         embedding = read_tensor(source, ["model.embed_tokens.weight"], dtype)
         layers: list[DecoderLayer] = []
-        for host in _read_ahead(source, config.num_layers, dtype):
-            layers.append(pack_layer(host, config, len(layers), kernels, device))
-            on_progress("read weights", (1 + len(layers)) / num_parts)
+        # Closed at once when packing or the callback fails, so that no thread reads on.
+        with contextlib.closing(_read_ahead(source, config.num_layers, dtype)) as hosts:
+            for host in hosts:
+                layers.append(pack_layer(host, config, len(layers), kernels, device))
+                on_progress("read weights", (1 + len(layers)) / num_parts)
         self._layers = tuple(layers)
         self._final_norm = read_tensor(source, ["model.norm.weight"], dtype).to(device)
         self._embedding = embedding.to(device)
@@ -136,7 +139,9 @@ class Decoder:
         return rms_norm(hidden, self._final_norm, eps, residual)
 
 
-def _read_ahead(source: WeightSource, num_layers: int, dtype: torch.dtype) -> Iterator[HostLayer]:
+def _read_ahead(
+    source: WeightSource, num_layers: int, dtype: torch.dtype
+) -> Generator[HostLayer, None, None]:
     """Layers in order, the next few already being read by other threads."""
     with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as readers:
         pending: deque[Future[HostLayer]] = deque()

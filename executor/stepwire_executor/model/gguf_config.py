@@ -113,6 +113,8 @@ def _rope(file: GGUFFile, fields: Fields, head_dim: int) -> RopeConfig:
             ),
             attention_factor=fields.positive_float("rope.scaling.attn_factor", 1.0)
             * yarn_mscale(factor),
+            beta_fast=fields.positive_float("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=fields.positive_float("rope.scaling.yarn_beta_slow", 1.0),
         )
     elif kind != "none":
         raise ModelLoadError(

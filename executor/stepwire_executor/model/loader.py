@@ -103,17 +103,17 @@ def open_checkpoint(
 ) -> tuple[ModelConfig, WeightSource]:
     """Read a checkpoint's config and headers, no weights. Raises ModelLoadError."""
     gguf_path = find_gguf(path)
-    source: WeightSource
-    if gguf_path is not None:
-        file = GGUFFile(gguf_path)
-        config = read_gguf_config(file)
-        source = GGUFWeights(file, config)
-    else:
+    if gguf_path is None:
         config = read_hf_config(path)
-        source = SafetensorsWeights(path) if load_format == "auto" else DummyWeights(config)
+        if load_format == "dummy":
+            return config, DummyWeights(config)
+        return config, SafetensorsWeights(path)
+    file = GGUFFile(gguf_path)
+    config = read_gguf_config(file)
     if load_format == "dummy":
-        source = DummyWeights(config)
-    return config, source
+        file.close()
+        return config, DummyWeights(config)
+    return config, GGUFWeights(file, config)
 
 
 def resolve_dtype(

@@ -190,3 +190,16 @@ def test_the_real_model_says_what_it_is(smollm2_dir: Path) -> None:
     assert config.max_position_embeddings == 8_192
     assert config.tie_word_embeddings
     assert config.eos_token_ids == (2,)
+
+
+def test_a_load_that_is_given_up_raises_only_what_the_callback_raised(smollm2_dir: Path) -> None:
+    class GaveUpError(Exception):
+        pass
+
+    def give_up(_phase: str, fraction: float) -> None:
+        if fraction > 0.1:
+            raise GaveUpError
+
+    kernels = select_kernels(CPU, backend="reference")
+    with pytest.raises(GaveUpError):
+        load_model(smollm2_dir, dtype="auto", kernels=kernels, device=CPU, on_progress=give_up)

@@ -33,7 +33,9 @@ COMMON: dict[str, Any] = {
 
 
 def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **parameters}}
+    """Wide heads, so that there are frequencies on both sides of each bound and between."""
+    rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0, **parameters}
+    return {"head_dim": 32, "rope_parameters": rope_parameters}
 
 
 CONFIGS: dict[str, transformers.PreTrainedConfig] = {

@@ -1,0 +1,1 @@
+"""Checkpoints as sources of tensors, one module a file format."""

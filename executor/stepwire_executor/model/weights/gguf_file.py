@@ -7,6 +7,7 @@ checked against the bytes that are there before anything is allocated.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import struct
 from dataclasses import dataclass
@@ -89,8 +90,10 @@ class GGUFFile:
         return self._map[tensor.offset : tensor.offset + min(num_bytes, tensor.num_bytes)]
 
     def close(self) -> None:
-        """Unmap the file. Arrays from blocks must be gone."""
-        self._map.close()
+        """Unmap the file, or leave that to whoever still holds an array of blocks."""
+        # An exception on its way up keeps frames alive, and with them views of the map.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 class _HeaderReader:
