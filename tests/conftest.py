@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from stepwire_executor.model.tokenizer_conversion import convert_gguf_tokenizer
 
+# As the executor sets it, and before anything imports torch: idle threads that spin for long
+# make tests crawl when more processes run than there are cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:

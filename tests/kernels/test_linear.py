@@ -85,9 +85,9 @@ def test_a_row_has_the_same_bits_in_any_company(
     x = torch.randn(512, in_features).to(dtype)
     torch.set_num_threads(1)
     alone = torch.cat([native.linear(x[i : i + 1], weight, bias) for i in range(130)])
-    for num_threads in (1, 2, 5):
+    for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
-        for num_rows in (*range(1, 34), 64, 65, 128, 130):
+        for num_rows in (*range(1, 18), 31, 32, 33, 64, 65, 130):
             assert torch.equal(native.linear(x[:num_rows], weight, bias), alone[:num_rows])
         assert torch.equal(native.linear(x, weight, bias)[:130], alone)
         assert torch.equal(native.linear(x[100:130], weight, bias), alone[100:])
