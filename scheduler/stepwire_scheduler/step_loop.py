@@ -295,13 +295,16 @@ class StepLoop:
         self._last_reply_ms = now_ms()
         self._is_connected = True
         self._wake.set()
+        lost: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._send_plans(stream, self._planner))
                 tasks.create_task(self._receive_results(stream, self._planner))
                 tasks.create_task(self._keep_house(self._planner))
         except* PlanStreamError as group:
-            raise group.exceptions[0] from None
+            lost = group.exceptions[0]
+        if lost is not None:
+            raise lost  # not above: early 3.11 puts what except* raises into another group
 
     async def _send_plans(self, stream: PlanStream, planner: Planner) -> None:
         while True:
