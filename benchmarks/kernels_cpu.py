@@ -1,18 +1,16 @@
 """Times the CPU kernels on the shapes of SmolLM2-135M and writes results/kernels_cpu.json.
 
-Run: python -m benchmarks.kernels_cpu [--threads N] [--repeats N]
+Run: GOMP_SPINCOUNT=1000 python -m benchmarks.kernels_cpu [--threads N] [--repeats N]
+(the executor sets the same, so that idle threads leave the core to those that work)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import os
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +18,10 @@ from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels import Kernels, SamplingBatch, select_kernels
 from stepwire_executor.kv_cache import FP8_DTYPE, KVCache
 
+from benchmarks.common import finish, markdown_table
+
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 576, 1536, 30, 49152
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
-RESULTS = Path(__file__).parent / "results" / "kernels_cpu.json"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 
 
@@ -184,57 +183,39 @@ def sampling(kernels: Kernels) -> dict[str, Any]:
     return figures
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=30)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     kernels = select_kernels(torch.device("cpu"))
     figures: dict[str, dict[str, Any]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        figures[f"linear layers and head, {name}"] = linear_layers(
-            kernels, dtype, arguments.repeats
-        )
+        figures[f"linear layers and head, {name}"] = linear_layers(kernels, dtype, options.repeats)
         figures[f"attention of one layer, {name}"] = attention(kernels, dtype, dtype)
         figures[f"row operations, {name}"] = row_operations(kernels, dtype)
     figures["attention of one layer, bfloat16, fp8 pages"] = attention(
         kernels, torch.bfloat16, FP8_DTYPE
     )
     figures["sampling, vocabulary of 49152"] = sampling(kernels)
-    for title, rows in figures.items():
-        print(f"\n{title}")
-        for name, figure in rows.items():
-            print(
-                f"  {name:36} {figure['median_ms']:9.3f} ms"
-                f"  ({figure['q1_ms']:.3f} to {figure['q3_ms']:.3f})"
-            )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(
-            {
-                "command": "python -m benchmarks.kernels_cpu " + " ".join(sys.argv[1:]),
-                "machine": {
-                    "processor": _processor(),
-                    "threads": arguments.threads,
-                    "kernels": kernels.name,
-                },
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                "figures": figures,
-            },
-            indent=2,
-        )
-        + "\n"
+    rows = [
+        (title, name, f"{x['median_ms']:.3f}", f"{x['q1_ms']:.3f} to {x['q3_ms']:.3f}")
+        for title, measured in figures.items()
+        for name, x in measured.items()
+    ]
+    finish(
+        "kernels_cpu",
+        parameters={
+            "kernels": kernels.name,
+            "threads": options.threads,
+            "spin_count": os.environ.get("GOMP_SPINCOUNT", "default"),
+        },
+        figures=figures,
+        table=markdown_table(("operation", "case", "median ms", "quartiles"), rows),
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

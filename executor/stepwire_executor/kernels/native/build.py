@@ -86,7 +86,8 @@ def build_library(*, cache_dir: Path | None = None, extra_flags: Sequence[str] =
     if missing:
         raise KernelBuildError("the native kernels need a CPU with AVX2, FMA and F16C")
     sources = sorted(SOURCE_DIR.iterdir())
-    openmp = _torch_openmp()
+    # Clang's OpenMP code needs Clang's own runtime, and a second pool of threads with it.
+    openmp = None if "__clang__" in defined else _torch_openmp()
     digest = hashlib.sha256("\0".join((*flags, openmp or "", macros)).encode())
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
