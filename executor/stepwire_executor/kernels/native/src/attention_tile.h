@@ -1,0 +1,247 @@
+// One tile of 64 context tokens, what query rows make of it, and how parts of a context add up.
+//
+// Tiles are widened to float32 once for all rows that read them, keys transposed, so that a lane
+// is a token and scores need no sums across lanes.
+#pragma once
+
+#include <algorithm>
+
+#include "transpose.h"
+#include "vec.h"
+
+namespace stepwire {
+namespace {
+
+constexpr int TILE = 64;
+constexpr int SCORE_VECTORS = 4;
+
+struct Call {
+  const void* query;
+  int64_t query_strides[2];  // token, head
+  const void* key_pages;
+  const void* value_pages;
+  const float* key_scales;
+  const float* value_scales;
+  const int32_t* cu_seqlens_q;
+  const int32_t* seq_lens;
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  void* out;
+  int64_t num_seqs, num_heads, num_kv_heads, head_dim, block_size;
+  float scale;
+  int64_t window;   // 0: unlimited
+  float softcap;    // 0: none
+  int num_threads;
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  int64_t padded_dim() const { return (head_dim + W - 1) / W * W; }
+};
+
+// Query tokens [first, first + count) of a sequence, for one KV head.
+struct Task {
+  int64_t seq, kv_head, first, count;
+  int64_t position;  // of the first token
+
+  int64_t end() const { return position + count; }
+  int64_t begin(const Call& call) const {
+    return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
+  }
+};
+
+// The softmax of part of a row's context: value = weighted / total, relative to maximum.
+struct Partial {
+  float* maximum;   // [rows]
+  float* total;     // [rows]
+  float* weighted;  // [rows][padded_dim]
+
+  static int64_t size(int64_t rows, int64_t dim) { return rows * (dim + 2) + W; }
+  // memory: size() floats, aligned to a vector.
+  static Partial at(float* memory, int64_t rows, int64_t dim) {
+    return {memory + rows * dim, memory + rows * (dim + 1), memory};
+  }
+  void clear(int64_t rows, int64_t dim) const {
+    std::fill_n(maximum, rows, -INF);
+    std::fill_n(total, rows, 0.0f);
+    std::fill_n(weighted, rows * dim, 0.0f);
+  }
+};
+
+// Adds what a later part of the context says. Always called, with one split too.
+__attribute__((noinline)) void merge(const Partial& into, const Partial& part, int64_t rows,
+                                     int64_t dim) {
+  for (int64_t row = 0; row < rows; ++row) {
+    if (part.total[row] == 0.0f) continue;
+    const float maximum = std::max(into.maximum[row], part.maximum[row]);
+    const float keep = exp(into.maximum[row] - maximum);
+    const float add = exp(part.maximum[row] - maximum);
+    into.maximum[row] = maximum;
+    into.total[row] = into.total[row] * keep + part.total[row] * add;
+    for (int64_t i = row * dim; i < (row + 1) * dim; i += W)
+      store(into.weighted + i,
+            fma(load(part.weighted + i), splat(add), load(into.weighted + i) * keep));
+  }
+}
+
+// One tile as float32; tokens past the context's end read as zeros.
+struct Tile {
+  float* keys;    // [padded_dim][TILE]
+  float* values;  // [TILE][padded_dim]
+};
+
+// W tokens by W elements of keys and values, of which `count` tokens and `width` elements exist.
+// IS_WHOLE: all of them, known when compiled.
+template <class Page, bool IS_WHOLE>
+inline void load_square(const Call& call, const int64_t* vectors, int64_t count, int64_t d,
+                        int64_t width, float* keys, float* values, int64_t dim) {
+  const auto* key_pages = static_cast<const Page*>(call.key_pages);
+  const auto* value_pages = static_cast<const Page*>(call.value_pages);
+  vf rows[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    vf value = {};
+    rows[i] = vf{};
+    if (IS_WHOLE || i < count) {
+      const int64_t offset = vectors[i] * call.head_dim + d;
+      if (IS_WHOLE || width == W) {
+        rows[i] = load(key_pages + offset);
+        value = load(value_pages + offset);
+      } else {
+        rows[i] = load_first(key_pages + offset, width);
+        value = load_first(value_pages + offset, width);
+      }
+      if constexpr (std::is_same_v<Page, e4m3>) {
+        rows[i] *= call.key_scales[vectors[i]];
+        value *= call.value_scales[vectors[i]];
+      }
+    }
+    store(values + i * dim + d, value);
+  }
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(keys + (d + i) * TILE, rows[i]);
+}
+
+template <class Page>
+void load_tile(const Call& call, const Task& task, int64_t start, const Tile& tile) {
+  const int64_t dim = call.padded_dim();
+  const int64_t count = std::min<int64_t>(TILE, task.end() - start);
+  const int32_t* blocks = call.block_table + task.seq * call.block_table_stride;
+  int64_t vectors[TILE];  // where each token's key and value lie, in units of head_dim
+  int64_t block = start / call.block_size, offset = start % call.block_size;
+  for (int64_t t = 0; t < count; ++t) {
+    vectors[t] = (blocks[block] * call.num_kv_heads + task.kv_head) * call.block_size + offset;
+    if (++offset == call.block_size) {
+      offset = 0;
+      ++block;
+    }
+  }
+  for (int64_t t = 0; t < count; t += W) {
+    for (int64_t d = 0; d < dim; d += W) {
+      const int64_t width = std::min<int64_t>(W, call.head_dim - d);
+      float* values = tile.values + t * dim;
+      if (t + W <= count && width == W)
+        load_square<Page, true>(call, vectors + t, W, d, W, tile.keys + t, values, dim);
+      else
+        load_square<Page, false>(call, vectors + t, count - t, d, width, tile.keys + t, values,
+                                 dim);
+    }
+  }
+}
+
+// Scores of ROWS heads that share their mask, then their weights: scores [ROWS][TILE].
+template <int ROWS>
+void score(const Call& call, const float* query, int64_t query_stride, const Tile& tile,
+           int64_t count, float* scores) {
+  constexpr int TOKENS = SCORE_VECTORS * W;
+  for (int64_t t = 0; t < count; t += TOKENS) {
+    vf acc[ROWS][SCORE_VECTORS] = {};
+    for (int64_t d = 0; d < call.head_dim; ++d) {
+      vf keys[SCORE_VECTORS];
+#pragma GCC unroll 4
+      for (int i = 0; i < SCORE_VECTORS; ++i) keys[i] = load(tile.keys + d * TILE + t + i * W);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < SCORE_VECTORS; ++i)
+          acc[r][i] = fma(splat(query[r * query_stride + d]), keys[i], acc[r][i]);
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < SCORE_VECTORS; ++i) store(scores + r * TILE + t + i * W, acc[r][i]);
+  }
+}
+
+// Turns scores of tokens [low, high) of a tile into softmax weights, 0 elsewhere; returns how
+// much what was accumulated before must shrink.
+float softmax_tile(const Call& call, int64_t low, int64_t high, float* scores, float& maximum,
+                   float& total) {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  vf best = splat(-INF);
+  for (int t = 0; t < TILE; t += W) {
+    vf s = load(scores + t);
+    if (call.softcap != 0.0f) {
+      // tanh(x) = 1 - 2 / (e^(2x) + 1)
+      const vf doubled = s * (2.0f / call.softcap);
+      s = call.softcap - 2.0f * call.softcap / (exp(doubled) + 1.0f);
+    }
+    const vi token = lane + t;
+    s = (token >= static_cast<int>(low)) & (token < static_cast<int>(high)) ? s : splat(-INF);
+    store(scores + t, s);
+    best = max(best, s);
+  }
+  const float new_maximum = std::max(maximum, largest(best));
+  const float shrink = exp(maximum - new_maximum);
+  vf sums = {};
+  for (int t = 0; t < TILE; t += W) {
+    const vf weight = exp(load(scores + t) - new_maximum);
+    store(scores + t, weight);
+    sums += weight;
+  }
+  maximum = new_maximum;
+  total = total * shrink + sum(sums);
+  return shrink;
+}
+
+// weighted = weighted * shrink + weights @ values, for ROWS heads and VECTORS of the dimension.
+template <int ROWS, int VECTORS>
+void accumulate(const float* weights, const float* shrink, int64_t low, int64_t high,
+                const float* values, int64_t dim, float* weighted) {
+  vf acc[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < VECTORS; ++i)
+      acc[r][i] = load(weighted + r * dim + i * W) * shrink[r];
+  for (int64_t t = low; t < high; ++t) {
+    vf v[VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; ++i) v[i] = load(values + t * dim + i * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < VECTORS; ++i)
+        acc[r][i] = fma(splat(weights[r * TILE + t]), v[i], acc[r][i]);
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < VECTORS; ++i) store(weighted + r * dim + i * W, acc[r][i]);
+}
+
+// ROWS heads of one query token meet one tile, of which they see tokens [low, high).
+template <int ROWS>
+void attend_tile(const Call& call, const float* query, const Tile& tile, int64_t low,
+                 int64_t high, const Partial& part, int64_t row) {
+  const int64_t dim = call.padded_dim();
+  alignas(64) float scores[ROWS * TILE];
+  float shrink[ROWS];
+  score<ROWS>(call, query + row * dim, dim, tile, high, scores);
+  for (int r = 0; r < ROWS; ++r)
+    shrink[r] = softmax_tile(call, low, high, scores + r * TILE, part.maximum[row + r],
+                             part.total[row + r]);
+  float* weighted = part.weighted + row * dim;
+  int64_t d = 0;
+  for (; d + 4 * W <= dim; d += 4 * W)
+    accumulate<ROWS, 4>(scores, shrink, low, high, tile.values + d, dim, weighted + d);
+  for (; d < dim; d += W)
+    accumulate<ROWS, 1>(scores, shrink, low, high, tile.values + d, dim, weighted + d);
+}
+
+}  // namespace
+}  // namespace stepwire
