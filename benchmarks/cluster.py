@@ -1,0 +1,57 @@
+"""A local cluster to measure, and a load on it that must succeed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from stepwire_client.aio import AsyncClient
+from stepwire_client.benchmark.load import RequestRecord, run_load
+from stepwire_client.benchmark.workload import WorkItem
+from stepwire_client.cluster_config import ClusterConfig
+from stepwire_client.events import ModelInfo
+from stepwire_client.local_cluster import LocalCluster
+from stepwire_client.models import resolve_model
+from stepwire_client.params import SamplingParams
+
+DEFAULT_MODEL = "smollm2-135m"
+REQUEST_TIMEOUT_S = 600.0
+
+
+@contextlib.contextmanager
+def local_cluster(model: str, **settings: Any) -> Iterator[tuple[LocalCluster, ModelInfo]]:
+    """Start a cluster and wait until it runs requests; settings: fields of ClusterConfig."""
+    config = ClusterConfig(model=resolve_model(model), served_model_name=model, **settings)
+    with LocalCluster(config) as cluster:
+        yield cluster, cluster.wait_until_ready()
+
+
+async def generate_all(
+    client: AsyncClient, items: Sequence[WorkItem], *, max_concurrency: int | None = None
+) -> tuple[list[RequestRecord], float]:
+    """Send every request at once, or so many at a time; returns the records and the seconds.
+
+    Greedy, end-of-sequence ignored. Raises RuntimeError where a request fails or ends early: a
+    figure over part of the work would mislead.
+    """
+    records, duration_s = await run_load(
+        client,
+        items,
+        max_concurrency=max_concurrency,
+        request_rate=None,
+        params_of=lambda item: SamplingParams(
+            max_tokens=item.output_len, temperature=0.0, ignore_eos=True
+        ),
+        seed=0,
+        timeout_s=REQUEST_TIMEOUT_S,
+        on_done=lambda num_done: None,
+    )
+    for item, record in zip(items, records, strict=True):
+        if record.error is not None:
+            raise RuntimeError(f"a request failed: {record.error}")
+        if len(record.token_times) != item.output_len:
+            raise RuntimeError(
+                f"a request made {len(record.token_times)} tokens, not {item.output_len}"
+            )
+    return records, duration_s
