@@ -54,6 +54,7 @@ class Planner:
     def __init__(self, config: PlannerConfig, *, prefix_key: bytes) -> None:
         """prefix_key: secret bytes for the prefix cache's hash."""
         self.config = config
+        self._prefix_key = prefix_key
         self._prefix_cache = PrefixCache(block_size=config.block_size, key=prefix_key)
         self.block_pool = BlockPool(config.num_blocks, self._prefix_cache)
         self.waiting = RequestQueue()
@@ -186,6 +187,30 @@ class Planner:
                 self.finish(sequence, FinishReason.ERROR)
                 failed.append(SequenceUpdate(sequence, error="the executor was lost repeatedly"))
         return failed
+
+    def reconfigure(self, config: PlannerConfig) -> list[SequenceUpdate]:
+        """Adopt what executors offer that came back with another pool; between epochs only.
+
+        Returns the sequences that can no longer fit, which end here.
+        """
+        assert not self.running, "reset_epoch comes first"
+        assert not self.inflight, "reset_epoch comes first"
+        if config.block_size != self.config.block_size:
+            for sequence in self.waiting:
+                sequence.block_hashes.clear()
+        self.config = config
+        self._prefix_cache = PrefixCache(block_size=config.block_size, key=self._prefix_key)
+        self.block_pool = BlockPool(config.num_blocks, self._prefix_cache)
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        misfits = [
+            sequence
+            for sequence in self.waiting
+            if sequence.max_num_tokens > config.num_blocks * config.block_size
+        ]
+        for sequence in misfits:
+            self.finish(sequence, FinishReason.ERROR)
+        reason = "the executors came back with too small a KV cache for it"
+        return [SequenceUpdate(sequence, error=reason) for sequence in misfits]
 
     # Planning
 

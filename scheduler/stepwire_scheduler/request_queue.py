@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 from stepwire_scheduler.sequence import Sequence, SequenceStatus
 
@@ -22,6 +23,10 @@ class RequestQueue:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no particular order."""
+        return iter(self._members)
 
     @property
     def num_tokens(self) -> int:

@@ -208,6 +208,10 @@ class StepLoop:
                         stream.cancel()
                 except PlanStreamError as error:
                     log.warning("epoch ended", epoch=epoch, cause=error.message)
+                    # A task group that fails while it is cancelled reports the failure only.
+                    task = asyncio.current_task()
+                    if task is not None and task.cancelling():
+                        raise asyncio.CancelledError from error
                     await asyncio.sleep(_DESCRIBE_INTERVAL_S)
                 finally:
                     self._is_connected = False
@@ -259,30 +263,32 @@ class StepLoop:
         )
 
     def _adopt(self, description: Description) -> None:
-        """Take the executors' limits; a planner outlives epochs unless they changed."""
+        """Take the executors' limits; what waits outlives them unless the model changed."""
         model = _served_model(description, self._config)
         if self._planner is not None and model == self.model:
             return
-        if self._planner is not None:
-            log.warning("the executors serve another model or pool; ending what runs")
+        config = PlannerConfig(
+            num_blocks=model.num_blocks,
+            block_size=model.block_size,
+            max_num_seqs=model.max_num_seqs,
+            max_num_batched_tokens=model.max_num_batched_tokens,
+            max_num_prefill_tokens=self._config.max_num_prefill_tokens,
+            max_inflight_steps=self._config.max_inflight_steps,
+            scheduling_policy=self._config.scheduling_policy,
+            enable_prefix_caching=self._config.enable_prefix_caching,
+            eos_token_ids=model.eos_token_ids,
+            max_resumes=self._config.max_resumes,
+        )
+        is_other_model = self.model is not None and self.model.fingerprint != model.fingerprint
+        self.model = model
+        if is_other_model:
+            log.warning("the executors serve another model; ending what waits")
             for request_id in list(self._entries):
                 self._end(request_id, FinishReason.ERROR, ExecutorLostError("the model changed"))
-        self.model = model
-        self._planner = Planner(
-            PlannerConfig(
-                num_blocks=model.num_blocks,
-                block_size=model.block_size,
-                max_num_seqs=model.max_num_seqs,
-                max_num_batched_tokens=model.max_num_batched_tokens,
-                max_num_prefill_tokens=self._config.max_num_prefill_tokens,
-                max_inflight_steps=self._config.max_inflight_steps,
-                scheduling_policy=self._config.scheduling_policy,
-                enable_prefix_caching=self._config.enable_prefix_caching,
-                eos_token_ids=model.eos_token_ids,
-                max_resumes=self._config.max_resumes,
-            ),
-            prefix_key=secrets.token_bytes(32),
-        )
+        if self._planner is None:
+            self._planner = Planner(config, prefix_key=secrets.token_bytes(32))
+        else:
+            self._deliver(self._planner.reconfigure(config))
         log.info(
             "executors are ready",
             device=model.device,
@@ -480,7 +486,7 @@ def now_ms() -> float:
 
 def _error_of(update: SequenceUpdate, sequence: Sequence) -> SchedulerError:
     message = update.error or "the executor could not go on with the request"
-    if sequence.num_resumes:
+    if sequence.num_resumes:  # it is the executors' fault, so another try may succeed
         return ExecutorLostError(message)
     return InternalError(message)
 

@@ -147,6 +147,42 @@ async def test_a_restarted_executor_goes_on_where_the_lost_one_stopped() -> None
         assert all_blocks_are_back(loop)
 
 
+async def test_an_executor_may_come_back_with_another_pool() -> None:
+    lost = HashingExecutor(step_seconds=0.01)
+    smaller = HashingExecutor(num_blocks=30, block_size=3)
+    async with AsyncExitStack() as stack:
+        async with served(lost) as port:
+            loop = await stack.enter_async_context(looping(port))
+            await ready(loop)
+            fits = [loop.submit(request([i, 2, 3], request_id=str(i))) for i in range(5)]
+            misfit = loop.submit(request(request_id="large", max_tokens=100))
+            await eventually(lambda: lost.num_steps > 5)
+        await eventually(lambda: loop.state is not ServingState.READY)
+        async with served(smaller, port):
+            outputs = await asyncio.wait_for(asyncio.gather(*map(read, fits)), 20)
+            with pytest.raises(ExecutorLostError, match="too small"):
+                await read(misfit)
+        assert outputs == [{0: expected_output([i, 2, 3], 20)} for i in range(5)]
+        assert all_blocks_are_back(loop)
+
+
+async def test_another_model_in_the_executors_place_ends_what_waits() -> None:
+    lost = HashingExecutor(step_seconds=0.01)
+    other = HashingExecutor(description={"model_fingerprint": "other"})
+    async with AsyncExitStack() as stack:
+        async with served(lost) as port:
+            loop = await stack.enter_async_context(looping(port))
+            await ready(loop)
+            stream = loop.submit(request())
+            await eventually(lambda: lost.num_steps > 2)
+        async with served(other, port):
+            with pytest.raises(ExecutorLostError, match="model changed"):
+                await asyncio.wait_for(read(stream), 20)
+            await ready(loop)
+            again = loop.submit(request(request_id="again"))
+            assert await read(again) == {0: expected_output([1, 2, 3, 4, 5], 20)}
+
+
 async def test_a_hung_step_ends_the_epoch_and_nothing_is_lost() -> None:
     executor = HashingExecutor()
     hang_at = 4
