@@ -208,10 +208,6 @@ class StepLoop:
                         stream.cancel()
                 except PlanStreamError as error:
                     log.warning("epoch ended", epoch=epoch, cause=error.message)
-                    # A task group that fails while it is cancelled reports the failure only.
-                    task = asyncio.current_task()
-                    if task is not None and task.cancelling():
-                        raise asyncio.CancelledError from error
                     await asyncio.sleep(_DESCRIBE_INTERVAL_S)
                 finally:
                     self._is_connected = False
@@ -301,16 +297,23 @@ class StepLoop:
         self._last_reply_ms = now_ms()
         self._is_connected = True
         self._wake.set()
-        lost: BaseException | None = None
+        # Not a TaskGroup: 3.11's loses the caller's cancellation when a task fails meanwhile.
+        tasks = [
+            asyncio.create_task(work)
+            for work in (
+                self._send_plans(stream, self._planner),
+                self._receive_results(stream, self._planner),
+                self._keep_house(self._planner),
+            )
+        ]
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._send_plans(stream, self._planner))
-                tasks.create_task(self._receive_results(stream, self._planner))
-                tasks.create_task(self._keep_house(self._planner))
-        except* PlanStreamError as group:
-            lost = group.exceptions[0]
-        if lost is not None:
-            raise lost  # not above: early 3.11 puts what except* raises into another group
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
 
     async def _send_plans(self, stream: PlanStream, planner: Planner) -> None:
         while True:
