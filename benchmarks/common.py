@@ -111,10 +111,12 @@ def write_result(
     name: str, *, parameters: Mapping[str, Any], figures: Figures, directory: Path = RESULTS
 ) -> Path:
     """Write DIRECTORY/NAME.json with all that is needed to read the figures later."""
-    arguments = sys.argv[1:] if sys.argv[0].endswith(f"{name}.py") else []
+    script = Path(sys.argv[0])
+    is_benchmark = script.parent == Path(__file__).parent
+    command = [script.stem, *sys.argv[1:]] if is_benchmark else [name]
     result = {
         "name": name,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *arguments]),
+        "command": f"python -m benchmarks.{' '.join(command)}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": commit(),
         "machine": machine(),

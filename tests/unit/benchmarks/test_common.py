@@ -47,11 +47,14 @@ def test_a_result_names_its_command_and_machine_and_no_host_or_path(
     root = Path(common.__file__).parents[1]
     monkeypatch.setattr(sys, "argv", [str(root / "benchmarks" / "kv_waste.py"), "--no-live"])
     file = common.write_result(
-        "kv_waste", parameters={"rounds": 3}, figures={"x": 1.5}, directory=tmp_path / "results"
+        "kv_waste_variant",
+        parameters={"rounds": 3},
+        figures={"x": 1.5},
+        directory=tmp_path / "results",
     )
     text = file.read_text(encoding="utf-8")
     result = json.loads(text)
-    assert file.name == "kv_waste.json"
+    assert file.name == "kv_waste_variant.json"
     assert result["command"] == "python -m benchmarks.kv_waste --no-live"
     assert (result["parameters"], result["figures"]) == ({"rounds": 3}, {"x": 1.5})
     assert result["versions"]["python"] == platform.python_version()
