@@ -51,7 +51,9 @@ protos: $(VENV)/.dev
 	PATH=$(CURDIR)/$(BIN):$$PATH scripts/generate_protos.sh protos
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks
+	$(BIN)/stepwire pull $(MODEL)
+	$(BIN)/python -m benchmarks all
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from stepwire_scheduler.sequence import Logprobs, SamplingParams, Sequence
 
@@ -40,8 +41,8 @@ class StepPlan:
     work_slots: list[int] = field(default_factory=list)
     work_num_tokens: list[int] = field(default_factory=list)
     work_sequences: list[Sequence] = field(default_factory=list)
-    work_num_computed_tokens: list[int] = field(default_factory=list)
-    """Tokens of each sequence that are computed once this step is done."""
+    filled: list[tuple[Sequence, int]] = field(default_factory=list)
+    """Sequences that may fill blocks in this step, with the tokens computed once it is done."""
     sampled_sequences: list[Sequence] = field(default_factory=list)
     """Those whose slot samples in this step, in the order of the work list."""
     first_scheduled: list[Sequence] = field(default_factory=list)
@@ -65,8 +66,7 @@ class StepOutcome:
     """Reason by slot, for sequences that cannot go on."""
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
+class SequenceUpdate(NamedTuple):  # made for every token: a frozen dataclass costs twice this
     """New tokens of a sequence, or its end, or both."""
 
     sequence: Sequence

@@ -221,15 +221,22 @@ class Planner:
         plan = StepPlan(step_id=self._last_step_id + 1)
         budget = self.config.max_num_batched_tokens
         prefills: list[Sequence] = []
+        block_size = self.config.block_size
         for sequence in tuple(self.running):
-            remaining = self._num_remaining_tokens(sequence)
-            if remaining > 1:
+            num_known = len(sequence.token_ids) + sequence.num_pending_tokens
+            num_computed = sequence.num_computed_tokens
+            if num_known >= sequence.max_num_tokens:
+                continue  # the sample in flight is its last
+            if num_known - num_computed > 1:
                 prefills.append(sequence)
             elif (
-                remaining == 1
+                num_known - num_computed == 1
                 and budget > 0
                 and sequence.status is SequenceStatus.RUNNING
-                and self._ensure_blocks(sequence, 1, plan)
+                and (
+                    num_computed < len(sequence.block_ids) * block_size  # most steps
+                    or self._ensure_blocks(sequence, 1, plan)
+                )
             ):
                 self._schedule(sequence, 1, plan)
                 budget -= 1
@@ -237,7 +244,7 @@ class Planner:
             budget = min(budget, self.config.max_num_prefill_tokens)
         budget = self._plan_prefills(prefills, budget, plan)
         if budget > 0 and plan.num_preemptions == 0:
-            self._plan_admissions(budget, plan, now_ms)
+            self._plan_admissions(budget, prefills, plan, now_ms)
         if not plan.work_slots:
             assert not plan.admissions
             return None
@@ -258,9 +265,13 @@ class Planner:
                 budget -= num_tokens
         return budget
 
-    def _plan_admissions(self, budget: int, plan: StepPlan, now_ms: float) -> None:
+    def _plan_admissions(
+        self, budget: int, prefills: list[Sequence], plan: StepPlan, now_ms: float
+    ) -> None:
         """Admit in strict order: a large request at the head is not overtaken, so not starved."""
-        reserved = sum(self._num_blocks_to_come(sequence) for sequence in self.running)
+        if not self._free_slots or not self.waiting:
+            return
+        reserved = sum(self._num_blocks_to_come(sequence) for sequence in prefills)
         while budget > 0 and self._free_slots:
             sequence = self.waiting.peek()
             if sequence is None or sequence.num_pending_tokens or self._awaits_leader(sequence):
@@ -332,8 +343,9 @@ class Planner:
         plan.work_slots.append(sequence.slot)
         plan.work_num_tokens.append(num_tokens)
         plan.work_sequences.append(sequence)
-        plan.work_num_computed_tokens.append(sequence.num_computed_tokens)
         plan.num_scheduled_tokens += num_tokens
+        if num_tokens > 1 or sequence.num_computed_tokens % self.config.block_size == 0:
+            plan.filled.append((sequence, sequence.num_computed_tokens))
         if sequence.num_computed_tokens == len(sequence.token_ids) + sequence.num_pending_tokens:
             sequence.num_pending_tokens += 1
             plan.sampled_sequences.append(sequence)
@@ -446,9 +458,7 @@ class Planner:
         if not self.config.enable_prefix_caching:
             return
         size = self.config.block_size
-        for sequence, num_computed in zip(
-            plan.work_sequences, plan.work_num_computed_tokens, strict=True
-        ):
+        for sequence, num_computed in plan.filled:
             num_full = num_computed // size
             if (
                 num_full <= sequence.num_registered_blocks

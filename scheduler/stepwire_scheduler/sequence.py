@@ -103,6 +103,7 @@ class Sequence:
         "index",
         "last_step_id",
         "leader",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_pending_tokens",
@@ -140,6 +141,8 @@ class Sequence:
         self.stop_token_ids = stop_ids
         self.token_ids: array[int] = array("I", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + request.sampling_params.max_tokens
+        """Tokens, prompt included, at which it ends for its length."""
         self.status = SequenceStatus.WAITING
         self.slot = -1
         self.block_ids: list[int] = []
@@ -163,11 +166,6 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def max_num_tokens(self) -> int:
-        """Tokens, prompt included, at which it ends for its length."""
-        return self.num_prompt_tokens + self.request.sampling_params.max_tokens
 
     def __repr__(self) -> str:
         return (
