@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from golden import transformers_smollm2
-from model_steps import CPU, ModelSteps, SteppedSequence
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.model import LoadedModel, load_model
+from support.model_steps import CPU, ModelSteps, SteppedSequence
 
 NUM_TOKENS = 64
 

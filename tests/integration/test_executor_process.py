@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from executor_fakes import admission, sampling_params, step
-from executor_process import ExecutorProcess, PlanStream, executor_process
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from stepwire.executor.v1.executor_pb2 import DescribeResponse, LoadState, SamplingParams
+from support.executor_fakes import admission, sampling_params, step
+from support.executor_process import ExecutorProcess, PlanStream, executor_process
 from tokenizers import Tokenizer
 
 SERVICE_NAME = "stepwire.executor.v1.ExecutorService"

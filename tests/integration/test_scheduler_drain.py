@@ -13,11 +13,11 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from scheduler_tokenizers import write_tokenizer
 from stepwire.executor.v1 import executor_pb2
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire.scheduler.v1 import generation_pb2_grpc
 from support.fake_executor import FakeExecutor, serving
+from support.scheduler_tokenizers import write_tokenizer
 
 SERVICE = health_pb2.HealthCheckRequest(service="stepwire.scheduler.v1.GenerationService")
 SERVING = health_pb2.HealthCheckResponse.SERVING

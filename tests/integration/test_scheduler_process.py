@@ -14,9 +14,9 @@ import grpc
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from scheduler_tokenizers import write_tokenizer
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire.scheduler.v1 import generation_pb2_grpc
+from support.scheduler_tokenizers import write_tokenizer
 
 SERVICE = "stepwire.scheduler.v1.GenerationService"
 COMMAND = [sys.executable, "-m", "stepwire_scheduler", "--listen", "127.0.0.1:0"]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_support import fill_pages, make_batch, plain_attention, stored
 from stepwire_executor.kernels import Kernels
 from stepwire_executor.kernels.native import KernelBuildError, load_library
 from stepwire_executor.kernels.select import native_kernels, reference_kernels
 from stepwire_executor.kv_cache import FP8_DTYPE
+from support.kernels_support import fill_pages, make_batch, plain_attention, stored
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from kernels_support import make_batch, num_blocks, poisoned_pages
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels import Kernels
 from stepwire_executor.kernels.rope_and_write_kv import MIN_AMAX
 from stepwire_executor.kernels.select import reference_kernels
 from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+from support.kernels_support import make_batch, num_blocks, poisoned_pages
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

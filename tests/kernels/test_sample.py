@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_support import sampling_batch
 from stepwire_executor.kernels import Kernels, RowAdjustments
 from stepwire_executor.kernels.native import KernelBuildError, NativeLibrary, load_library
 from stepwire_executor.kernels.sample.noise import gumbel_noise, noise_bits, philox4x32
 from stepwire_executor.kernels.select import native_kernels, reference_kernels
+from support.kernels_support import sampling_batch
 from torch import Tensor
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from executor_fakes import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stepwire.executor.v1.executor_pb2 import Admission
+from support.executor_fakes import (
     BLOCK_SIZE,
     MAX_MODEL_LEN,
     MAX_NUM_SEQS,
@@ -14,9 +17,6 @@ from executor_fakes import (
     make_executor,
     step,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from stepwire.executor.v1.executor_pb2 import Admission
 
 BUDGET = 16
 

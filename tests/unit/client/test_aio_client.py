@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from fake_generation_service import FakeGenerationService, serving
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_client import AsyncClient, ChatMessage
 from stepwire_client.errors import (
@@ -16,6 +15,7 @@ from stepwire_client.errors import (
     UnavailableError,
 )
 from stepwire_client.events import Completed, Output, Queued, Scheduled
+from support.fake_generation_service import FakeGenerationService, serving
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_generation_service import FakeGenerationService, serving
 from hypothesis import given
 from hypothesis import strategies as st
 from stepwire_client import AsyncClient, ChatMessage, SamplingParams
@@ -27,6 +26,7 @@ from stepwire_client.benchmark.summary import (
 )
 from stepwire_client.benchmark.workload import WorkItem, random_workload, read_workload
 from stepwire_client.errors import SettingError
+from support.fake_generation_service import FakeGenerationService, serving
 
 # Sent at 10 s; tokens at 10.1, 10.3, 10.3, 10.6; ended at 10.7.
 RECORD = RequestRecord(

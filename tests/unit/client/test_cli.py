@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_generation_service import FakeGenerationService, serving
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_client import Client, ClusterConfig
 from stepwire_client.cli import plan, session
@@ -21,6 +20,7 @@ from stepwire_client.cli.__main__ import COMMANDS, main
 from stepwire_client.cli.options import ClusterOptions, settings_in_force
 from stepwire_client.cli.screen import PhaseProgress
 from stepwire_client.errors import ProcessExitedError, UnknownModelError
+from support.fake_generation_service import FakeGenerationService, serving
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-from fake_generation_service import EOS, FakeGenerationService, serving
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_client import ChatMessage, Client, SamplingParams
 from stepwire_client.errors import (
@@ -26,6 +25,7 @@ from stepwire_client.events import (
     Queued,
     Scheduled,
 )
+from support.fake_generation_service import EOS, FakeGenerationService, serving
 
 
 @pytest.fixture

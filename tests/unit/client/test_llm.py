@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_generation_service import FakeGenerationService, serving
 from stepwire_client import LLM, ChatMessage, Client, SamplingParams
 from stepwire_client.errors import InvalidArgumentError, ResourceExhaustedError
+from support.fake_generation_service import FakeGenerationService, serving
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf_files import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_steps import CPU
 from safetensors.torch import load_file, save_file
 from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.model import load_model
 from stepwire_executor.model.loader import LoadFormat
 from stepwire_executor.model.weights.gguf_file import GGUFFile
+from support.gguf_files import write_gguf
+from support.model_steps import CPU
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=64,

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf_files import dequantised, write_gguf
-from model_steps import CPU, ModelSteps, SteppedSequence
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.model import load_model
 from stepwire_executor.model.config import LinearScaling, YarnScaling
@@ -19,6 +17,8 @@ from stepwire_executor.model.gguf_config import read_gguf_config
 from stepwire_executor.model.weights.dequantize import FORMATS
 from stepwire_executor.model.weights.gguf import GGUFWeights
 from stepwire_executor.model.weights.gguf_file import GGUFFile
+from support.gguf_files import dequantised, write_gguf
+from support.model_steps import CPU, ModelSteps, SteppedSequence
 
 COMMON: dict[str, Any] = {
     "vocab_size": 96,

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_steps import CPU, ModelSteps, SteppedSequence
 from safetensors.torch import load_file, save_file
 from stepwire_executor import plan
 from stepwire_executor.kernels import Kernels, select_kernels
 from stepwire_executor.kv_cache import KVCache
 from stepwire_executor.model import LoadedModel, load_model
+from support.model_steps import CPU, ModelSteps, SteppedSequence
 
 CONFIG = transformers.Qwen2Config(
     vocab_size=128,

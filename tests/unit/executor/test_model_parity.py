@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_steps import CPU, ModelSteps, SteppedSequence
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.model import LoadedModel, load_model
+from support.model_steps import CPU, ModelSteps, SteppedSequence
 from torch import Tensor
 
 VOCAB_SIZE = 99

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from executor_fakes import (
+from stepwire.executor.v1.executor_pb2 import StepResult
+from stepwire_executor.errors import PlanError, PlanOrderError
+from support.executor_fakes import (
     POISON_TOKEN,
     FakeExecutor,
     admission,
@@ -12,8 +14,6 @@ from executor_fakes import (
     sampling_params,
     step,
 )
-from stepwire.executor.v1.executor_pb2 import StepResult
-from stepwire_executor.errors import PlanError, PlanOrderError
 
 PROMPT = [5, 9, 2, 7, 1, 3]
 

@@ -10,18 +10,6 @@ from typing import Any
 
 import grpc
 import pytest
-from executor_fakes import (
-    BLOCK_SIZE,
-    MAX_MODEL_LEN,
-    MAX_NUM_SEQS,
-    NUM_BLOCKS,
-    VOCAB_SIZE,
-    FakeExecutor,
-    admission,
-    expected_continuation,
-    make_executor,
-    step,
-)
 from grpc import aio
 from stepwire.executor.v1.executor_pb2 import (
     DescribeRequest,
@@ -40,6 +28,18 @@ from stepwire.executor.v1.executor_pb2_grpc import (
 from stepwire_executor.compute import ComputeThread
 from stepwire_executor.load_status import LoadStatus, ModelDescription
 from stepwire_executor.service import MAX_OUTSTANDING_PLANS, ExecutorService
+from support.executor_fakes import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
+    NUM_BLOCKS,
+    VOCAB_SIZE,
+    FakeExecutor,
+    admission,
+    expected_continuation,
+    make_executor,
+    step,
+)
 
 PROMPT = [5, 9, 2, 7, 1, 3]
 FINGERPRINT = "f00d"

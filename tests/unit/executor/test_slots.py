@@ -6,7 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from executor_fakes import (
+from stepwire.executor.v1.executor_pb2 import SamplingParams, StepPlan
+from stepwire_executor.errors import PlanError
+from stepwire_executor.sampling_state import TokenCounts
+from support.executor_fakes import (
     MAX_MODEL_LEN,
     MAX_NUM_SEQS,
     NUM_BLOCKS,
@@ -17,9 +20,6 @@ from executor_fakes import (
     sampling_params,
     step,
 )
-from stepwire.executor.v1.executor_pb2 import SamplingParams, StepPlan
-from stepwire_executor.errors import PlanError
-from stepwire_executor.sampling_state import TokenCounts
 
 UINT32_MAX = 2**32 - 1
 

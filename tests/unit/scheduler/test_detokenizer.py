@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduler_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
 from stepwire_scheduler.detokenizer import Detokenizer, token_bytes_table
 from stepwire_scheduler.errors import TokenizerFilesError
+from support.scheduler_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 BYTE_LEVEL = byte_level_tokenizer()

@@ -8,9 +8,9 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
-from scheduler_fakes import FakeStepLoop, served, tiny_tokenizer
 from stepwire_scheduler.rpc_handlers import SERVICE_NAME
 from stepwire_scheduler.step_loop import ServingState
+from support.scheduler_fakes import FakeStepLoop, served, tiny_tokenizer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

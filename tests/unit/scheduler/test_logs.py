@@ -12,10 +12,10 @@ from pathlib import Path
 import grpc
 import pytest
 import structlog
-from scheduler_fakes import FakeStepLoop, served, tiny_tokenizer
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_scheduler.logs import bound_request, configure_logging, get_logger
 from stepwire_scheduler.request_stream import RequestStream
+from support.scheduler_fakes import FakeStepLoop, served, tiny_tokenizer
 
 SECRET = "xylophone-on-the-roof"
 

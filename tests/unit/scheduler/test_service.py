@@ -9,7 +9,6 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from scheduler_fakes import FakeStepLoop, answer_hello, delta, eventually, served, tiny_tokenizer
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_scheduler.errors import (
     DeadlineExceededError,
@@ -24,6 +23,14 @@ from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.sequence import FinishReason, Logprobs
 from stepwire_scheduler.step_loop import ServingState, now_ms
 from stepwire_scheduler.tokenizer import Tokenizer
+from support.scheduler_fakes import (
+    FakeStepLoop,
+    answer_hello,
+    delta,
+    eventually,
+    served,
+    tiny_tokenizer,
+)
 
 SERVICE = "/stepwire.scheduler.v1.GenerationService/"
 HELLO = pb.GenerationInput(request_id="r1", text="hi")

@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from scheduler_fakes import eventually
 from stepwire.executor.v1 import executor_pb2 as pb
 from stepwire.executor.v1 import executor_pb2_grpc
 from stepwire_scheduler.config import SchedulerConfig
@@ -29,6 +28,7 @@ from stepwire_scheduler.request_stream import RequestStream, Scheduled, Sequence
 from stepwire_scheduler.sequence import FinishReason, Request, SamplingParams
 from stepwire_scheduler.step_loop import ServingState, StepLoop, now_ms
 from support.hashing_executor import VOCAB_SIZE, HashingExecutor, expected_output
+from support.scheduler_fakes import eventually
 
 
 class Letters:

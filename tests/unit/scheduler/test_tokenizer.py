@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduler_fakes import tiny_tokenizer
-from scheduler_tokenizers import byte_fallback_tokenizer, byte_level_tokenizer, write_tokenizer
 from stepwire_scheduler import tokenizer as tokenizer_module
 from stepwire_scheduler.errors import (
     ChatTemplateError,
@@ -19,6 +17,12 @@ from stepwire_scheduler.errors import (
     TokenizerFilesError,
 )
 from stepwire_scheduler.tokenizer import Tokenizer, load_tokenizer, wait_for_tokenizer
+from support.scheduler_fakes import tiny_tokenizer
+from support.scheduler_tokenizers import (
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    write_tokenizer,
+)
 from tokenizers import processors
 
 

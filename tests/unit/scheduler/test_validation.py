@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduler_fakes import tiny_tokenizer
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_scheduler.errors import InvalidRequestError
 from stepwire_scheduler.sampling_validation import ModelLimits
 from stepwire_scheduler.sequence import Request
 from stepwire_scheduler.tokenizer import Tokenizer
 from stepwire_scheduler.validation import validate_input
+from support.scheduler_fakes import tiny_tokenizer
 
 LIMITS = ModelLimits(vocab_size=400, max_model_len=64)
 PARAMS = "input.sampling_params"

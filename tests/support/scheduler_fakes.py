@@ -11,7 +11,6 @@ from typing import cast
 
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
-from scheduler_tokenizers import write_tokenizer
 from stepwire.scheduler.v1 import generation_pb2_grpc
 from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.health import HealthService
@@ -23,6 +22,7 @@ from stepwire_scheduler.sequence import FinishReason, Request, Sequence
 from stepwire_scheduler.service import GenerationService
 from stepwire_scheduler.step_loop import LoadProgress, ServedModel, ServingState, StepLoop
 from stepwire_scheduler.tokenizer import Tokenizer, load_tokenizer
+from support.scheduler_tokenizers import write_tokenizer
 
 MODEL = ServedModel(
     fingerprint="f",
