@@ -9,15 +9,13 @@ from __future__ import annotations
 import bisect
 import heapq
 from dataclasses import dataclass
-from typing import Literal
 
 from stepwire_scheduler.block_pool import BlockPool
+from stepwire_scheduler.block_table import BlockTables
+from stepwire_scheduler.config import SchedulingPolicy
 from stepwire_scheduler.plan import Admission, SequenceUpdate, StepOutcome, StepPlan
-from stepwire_scheduler.prefix_cache import PrefixCache
 from stepwire_scheduler.request_queue import RequestQueue
 from stepwire_scheduler.sequence import FinishReason, Request, Sequence, SequenceStatus
-
-SchedulingPolicy = Literal["fcfs", "priority"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +53,7 @@ class Planner:
         """prefix_key: secret bytes for the prefix cache's hash."""
         self.config = config
         self._prefix_key = prefix_key
-        self._prefix_cache = PrefixCache(block_size=config.block_size, key=prefix_key)
-        self.block_pool = BlockPool(config.num_blocks, self._prefix_cache)
+        self.block_tables = _block_tables(config, prefix_key)
         self.waiting = RequestQueue()
         self.running: list[Sequence] = []
         """Admitted sequences by order_key."""
@@ -68,6 +65,11 @@ class Planner:
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._num_sequences = 0
         self._last_step_id = 0
+
+    @property
+    def block_pool(self) -> BlockPool:
+        """The blocks of this epoch's executors."""
+        return self.block_tables.pool
 
     # Events
 
@@ -138,7 +140,7 @@ class Planner:
         assert outcome.step_id == next(iter(self.inflight)), outcome.step_id
         plan = self.inflight.pop(outcome.step_id)
         assert len(outcome.sampled_token_ids) == len(plan.sampled_sequences)
-        self._register_full_blocks(plan)
+        self.block_tables.register_full_blocks(plan)
         updates: list[SequenceUpdate] = []
         if outcome.failures:
             by_slot = dict(zip(plan.work_slots, plan.work_sequences, strict=True))
@@ -160,7 +162,7 @@ class Planner:
                 self.finish(sequence, FinishReason.LENGTH)
             entry = logprobs[i] if logprobs else None
             updates.append(SequenceUpdate(sequence, (token_id,), (entry,) if entry else ()))
-        self.block_pool.acknowledge(outcome.step_id)
+        self.block_tables.pool.acknowledge(outcome.step_id)
         return updates
 
     def reset_epoch(self) -> list[SequenceUpdate]:
@@ -175,11 +177,11 @@ class Planner:
         self._last_step_id = 0
         self._released_slots.clear()
         self._free_slots = list(range(self.config.max_num_seqs - 1, -1, -1))
-        self.block_pool.reset()
+        self.block_tables.pool.reset()
         interrupted, self.running = self.running, []
         failed: list[SequenceUpdate] = []
         for sequence in interrupted:
-            self._forget_computed(sequence)
+            sequence.forget_computed()
             sequence.num_resumes += 1
             sequence.status = SequenceStatus.WAITING
             self.waiting.push(sequence)
@@ -199,8 +201,7 @@ class Planner:
             for sequence in self.waiting:
                 sequence.block_hashes.clear()
         self.config = config
-        self._prefix_cache = PrefixCache(block_size=config.block_size, key=self._prefix_key)
-        self.block_pool = BlockPool(config.num_blocks, self._prefix_cache)
+        self.block_tables = _block_tables(config, self._prefix_key)
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         misfits = [
             sequence
@@ -271,14 +272,15 @@ class Planner:
         """Admit in strict order: a large request at the head is not overtaken, so not starved."""
         if not self._free_slots or not self.waiting:
             return
-        reserved = sum(self._num_blocks_to_come(sequence) for sequence in prefills)
+        tables = self.block_tables
+        reserved = sum(tables.num_to_come(sequence) for sequence in prefills)
         while budget > 0 and self._free_slots:
             sequence = self.waiting.peek()
             if sequence is None or sequence.num_pending_tokens or self._awaits_leader(sequence):
                 return
-            cached = self._find_cached_blocks(sequence)
-            num_new = self._num_blocks_for(len(sequence.token_ids)) - len(cached)
-            available = self.block_pool.num_free - self.block_pool.num_free_among(cached)
+            cached = tables.find_cached(sequence)
+            num_new = tables.num_blocks_for(len(sequence.token_ids)) - len(cached)
+            available = tables.pool.num_free - tables.pool.num_free_among(cached)
             # Leave the running ones some room to grow, or admissions cause preemptions.
             watermark = max(1, self.config.num_blocks // 100) if self.running else 0
             if num_new + reserved + watermark > available:
@@ -286,8 +288,8 @@ class Planner:
             self.waiting.pop()
             self._admit(sequence, cached, plan, now_ms)
             num_tokens = min(self._num_remaining_tokens(sequence), budget)
-            self._take_blocks(sequence, num_tokens)
-            reserved += self._num_blocks_for(len(sequence.token_ids)) - len(sequence.block_ids)
+            tables.extend(sequence, num_tokens)
+            reserved += tables.num_to_come(sequence)
             plan.admissions.append(self._describe_admission(sequence, num_cached=len(cached)))
             self._schedule(sequence, num_tokens, plan)
             budget -= num_tokens
@@ -304,14 +306,10 @@ class Planner:
         )
 
     def _admit(self, sequence: Sequence, cached: list[int], plan: StepPlan, now_ms: float) -> None:
-        for block_id in cached:
-            self.block_pool.share(block_id)
-        num_cached_tokens = len(cached) * self.config.block_size
+        self.block_tables.open(sequence, cached)
+        num_cached_tokens = sequence.num_computed_tokens
         sequence.slot = self._free_slots.pop()
         sequence.status = SequenceStatus.RUNNING
-        sequence.block_ids = list(cached)
-        sequence.num_computed_tokens = num_cached_tokens
-        sequence.num_registered_blocks = len(cached)
         sequence.admitted_step_id = plan.step_id
         bisect.insort(self.running, sequence, key=_order_key)
         if self.config.enable_prefix_caching:
@@ -359,37 +357,20 @@ class Planner:
 
     # Blocks
 
-    def _num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.block_size)
-
-    def _num_blocks_to_come(self, sequence: Sequence) -> int:
-        """Blocks that a prefill under way still needs for the tokens it knows."""
-        return max(0, self._num_blocks_for(len(sequence.token_ids)) - len(sequence.block_ids))
-
     def _ensure_blocks(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> bool:
         """Give a running sequence the blocks for its next tokens; False: not in this step."""
-        num_missing = self._num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(
-            sequence.block_ids
-        )
-        if num_missing <= 0:
+        num_missing = self.block_tables.num_missing(sequence, num_tokens)
+        if num_missing == 0:
             return True
         if not self._make_room(sequence, num_missing, plan):
             return False
-        for block_id in self._take_blocks(sequence, num_tokens):
+        for block_id in self.block_tables.extend(sequence, num_tokens):
             plan.appended_slots.append(sequence.slot)
             plan.appended_block_ids.append(block_id)
         return True
 
-    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        num_missing = self._num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(
-            sequence.block_ids
-        )
-        taken = [self.block_pool.allocate() for _ in range(num_missing)]
-        sequence.block_ids.extend(taken)
-        return taken
-
     def _make_room(self, sequence: Sequence, num_blocks: int, plan: StepPlan) -> bool:
-        pool = self.block_pool
+        pool = self.block_tables.pool
         while pool.num_free < num_blocks:
             if pool.num_free + pool.num_leased >= num_blocks:
                 return False  # enough come back with the steps in flight
@@ -429,54 +410,16 @@ class Planner:
         del self.running[position]
         self._released_slots.append(sequence.slot)
         self._free_slots.append(sequence.slot)
-        self.block_pool.release(sequence.block_ids, sequence.last_step_id)
-        self._forget_computed(sequence)
+        self.block_tables.close(sequence)
 
-    @staticmethod
-    def _forget_computed(sequence: Sequence) -> None:
-        sequence.slot = -1
-        sequence.block_ids = []
-        sequence.num_computed_tokens = 0
-        sequence.num_registered_blocks = 0
-        sequence.last_step_id = 0
 
-    # Prefix cache
-
-    def _find_cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold leading tokens; the last token is always computed, for its logits."""
-        if not self.config.enable_prefix_caching:
-            return []
-        tenant = sequence.request.tenant
-        self._prefix_cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
-        max_blocks = (len(sequence.token_ids) - 1) // self.config.block_size
-        return self._prefix_cache.match(
-            sequence.block_hashes[:max_blocks], sequence.token_ids, tenant
-        )
-
-    def _register_full_blocks(self, plan: StepPlan) -> None:
-        """Tell the prefix cache of blocks that this step has filled."""
-        if not self.config.enable_prefix_caching:
-            return
-        size = self.config.block_size
-        for sequence, num_computed in plan.filled:
-            num_full = num_computed // size
-            if (
-                num_full <= sequence.num_registered_blocks
-                or sequence.status is not SequenceStatus.RUNNING
-                or sequence.admitted_step_id > plan.step_id
-            ):
-                continue
-            tenant = sequence.request.tenant
-            self._prefix_cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
-            for position in range(sequence.num_registered_blocks, num_full):
-                self._prefix_cache.register(
-                    sequence.block_ids[position],
-                    position,
-                    sequence.block_hashes,
-                    sequence.token_ids,
-                    tenant,
-                )
-            sequence.num_registered_blocks = num_full
+def _block_tables(config: PlannerConfig, prefix_key: bytes) -> BlockTables:
+    return BlockTables(
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        prefix_key=prefix_key,
+    )
 
 
 def _order_key(sequence: Sequence) -> tuple[int, int]:

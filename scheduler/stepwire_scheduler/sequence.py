@@ -167,6 +167,14 @@ class Sequence:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def forget_computed(self) -> None:
+        """Leave the executor: no slot, no blocks, nothing computed; samples in flight count."""
+        self.slot = -1
+        self.block_ids = []
+        self.num_computed_tokens = 0
+        self.num_registered_blocks = 0
+        self.last_step_id = 0
+
     def __repr__(self) -> str:
         return (
             f"Sequence({self.request.request_id}/{self.index}, {self.status.value}, "

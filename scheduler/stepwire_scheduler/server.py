@@ -19,8 +19,9 @@ from stepwire_scheduler.health import HealthService
 from stepwire_scheduler.logs import get_logger
 from stepwire_scheduler.metrics import Metrics, serve_metrics
 from stepwire_scheduler.rpc_handlers import SERVICE_NAME, add_generation_service
+from stepwire_scheduler.served_model import ServingState
 from stepwire_scheduler.service import GenerationService
-from stepwire_scheduler.step_loop import ServingState, StepLoop
+from stepwire_scheduler.step_loop import StepLoop
 
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", 1024 * 1024),

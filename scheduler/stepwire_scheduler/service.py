@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from stepwire.scheduler.v1 import generation_pb2, generation_pb2_grpc
 
+from stepwire_scheduler.clock import now_ms
 from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.errors import (
     DrainingError,
@@ -31,7 +32,8 @@ from stepwire_scheduler.responses import (
     extend_choice,
 )
 from stepwire_scheduler.sampling_validation import ModelLimits
-from stepwire_scheduler.step_loop import ServingState, StepLoop, now_ms
+from stepwire_scheduler.served_model import ServingState
+from stepwire_scheduler.step_loop import StepLoop
 from stepwire_scheduler.validation import (
     check_detokenize,
     check_tokenize,

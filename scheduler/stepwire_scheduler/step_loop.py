@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import secrets
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import structlog
 from stepwire.executor.v1 import executor_pb2
 from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
 
+from stepwire_scheduler.clock import now_ms
 from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.detokenizer import TokenBytes
 from stepwire_scheduler.errors import (
-    DeadlineExceededError,
     DrainingError,
     DuplicateRequestError,
     ExecutorLostError,
     ExecutorMismatchError,
-    InternalError,
     NotReadyError,
     PlanStreamError,
     QueueFullError,
-    SchedulerError,
-    SlowReaderError,
 )
 from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream, check_agreement
 from stepwire_scheduler.metrics import Metrics
-from stepwire_scheduler.output import OutputAssembler
-from stepwire_scheduler.plan import SequenceUpdate, StepPlan
+from stepwire_scheduler.plan import StepPlan
 from stepwire_scheduler.planner import Planner, PlannerConfig
 from stepwire_scheduler.request_stream import RequestStream
+from stepwire_scheduler.running_requests import RunningRequests
 from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState, served_model
 
 _DESCRIBE_INTERVAL_S = 0.05
 _HOUSEKEEPING_INTERVAL_S = 0.05
@@ -42,59 +38,11 @@ _HOUSEKEEPING_INTERVAL_S = 0.05
 log = structlog.get_logger(__name__)
 
 
-class ServingState(enum.Enum):
-    """How far the scheduler is from running requests."""
-
-    CONNECTING = "connecting"
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadProgress:
-    """How far the executors' load has come."""
-
-    phase: str
-    fraction: float
-    """0 to 1 over the whole load."""
-    elapsed_ms: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """What the executors serve and the limits that follow."""
-
-    fingerprint: str
-    architecture: str
-    vocab_size: int
-    max_model_len: int
-    """Tokens, prompt and output: the model's context or the KV pool, whichever is smaller."""
-    eos_token_ids: frozenset[int]
-    dtype: str
-    kv_cache_dtype: str
-    block_size: int
-    num_blocks: int
-    weight_bytes: int
-    kv_cache_bytes: int
-    device: str
-    max_num_seqs: int
-    max_num_batched_tokens: int
-
-
 @dataclass(frozen=True, slots=True)
 class _SentPlan:
     sent_ms: float
     schedule_ms: float
     num_tokens: int
-
-
-@dataclass(slots=True)
-class _Entry:
-    """A running request: its stream and one assembler a sequence."""
-
-    stream: RequestStream
-    assemblers: list[OutputAssembler]
 
 
 class StepLoop:
@@ -108,11 +56,13 @@ class StepLoop:
         self._config = config
         self._metrics = metrics
         self._planner: Planner | None = None
-        self._entries: dict[str, _Entry] = {}
+        self._requests = RunningRequests(
+            metrics,
+            max_unread_bytes=config.max_unread_bytes,
+            finish_sequence=self._finish_sequence,
+        )
         self._tokenizer: TokenBytes | None = None
         self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._is_draining = False
         self._is_connected = False
         self._sent: dict[int, _SentPlan] = {}
@@ -154,7 +104,7 @@ class StepLoop:
             raise DrainingError
         if planner is None or tokenizer is None:
             raise NotReadyError("the model still loads; GetModel says how far it is")
-        if request.request_id in self._entries:
+        if request.request_id in self._requests:
             raise DuplicateRequestError(request.request_id)
         num_sequences = request.sampling_params.n
         num_tokens = num_sequences * len(request.prompt_token_ids)
@@ -162,27 +112,15 @@ class StepLoop:
             raise QueueFullError("too many requests wait; retry later")
         if planner.waiting.num_tokens + num_tokens > self._config.max_queued_tokens:
             raise QueueFullError("too many tokens wait; retry later")
-        sequences = planner.add(request)
-        stream = RequestStream(
-            request,
-            sequences,
-            max_unread_bytes=self._config.max_unread_bytes,
-            on_close=lambda stream: self._end(stream.request.request_id, FinishReason.CANCELLED),
-        )
-        self._entries[request.request_id] = _Entry(
-            stream=stream,
-            assemblers=[OutputAssembler(tokenizer, request.sampling_params) for _ in sequences],
-        )
-        self._idle.clear()
-        self._metrics.on_request_queued()
+        stream = self._requests.add(request, planner.add(request), tokenizer)
         self._wake.set()
         return stream
 
     def cancel(self, request_id: str) -> bool:
         """End a request; its stream ends with what it has. False where it does not run."""
-        if request_id not in self._entries:
+        if request_id not in self._requests:
             return False
-        self._end(request_id, FinishReason.CANCELLED)
+        self._requests.end(request_id, FinishReason.CANCELLED)
         return True
 
     @property
@@ -213,7 +151,7 @@ class StepLoop:
                     self._is_connected = False
                     self._sent.clear()
                     if self._planner is not None:
-                        self._deliver(self._planner.reset_epoch())
+                        self._requests.deliver(self._planner.reset_epoch())
         finally:
             await group.close()
 
@@ -221,10 +159,10 @@ class StepLoop:
         """Refuse new requests and wait for running ones; then end what is left."""
         self._is_draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            await asyncio.wait_for(self._requests.wait_until_none(), timeout_s)
         except TimeoutError:
-            for request_id in list(self._entries):
-                self._end(request_id, FinishReason.CANCELLED, DrainingError())
+            for request_id in self._requests:
+                self._requests.end(request_id, FinishReason.CANCELLED, DrainingError())
 
     async def _wait_until_ready(self, group: ExecutorGroup) -> list[Description]:
         complaint = ""
@@ -247,7 +185,7 @@ class StepLoop:
                 complaint = problem
                 log.error("executors are not ready", cause=problem)
             if self._planner is not None:
-                self._deliver(self._planner.expire(now_ms()))
+                self._requests.deliver(self._planner.expire(now_ms()))
             await asyncio.sleep(_DESCRIBE_INTERVAL_S)
 
     def _note_load_progress(self, descriptions: list[Description]) -> None:
@@ -260,7 +198,7 @@ class StepLoop:
 
     def _adopt(self, description: Description) -> None:
         """Take the executors' limits; what waits outlives them unless the model changed."""
-        model = _served_model(description, self._config)
+        model = served_model(description, self._config)
         if self._planner is not None and model == self.model:
             return
         config = PlannerConfig(
@@ -279,12 +217,14 @@ class StepLoop:
         self.model = model
         if is_other_model:
             log.warning("the executors serve another model; ending what waits")
-            for request_id in list(self._entries):
-                self._end(request_id, FinishReason.ERROR, ExecutorLostError("the model changed"))
+            for request_id in self._requests:
+                self._requests.end(
+                    request_id, FinishReason.ERROR, ExecutorLostError("the model changed")
+                )
         if self._planner is None:
             self._planner = Planner(config, prefix_key=secrets.token_bytes(32))
         else:
-            self._deliver(self._planner.reconfigure(config))
+            self._requests.deliver(self._planner.reconfigure(config))
         log.info(
             "executors are ready",
             device=model.device,
@@ -340,7 +280,7 @@ class StepLoop:
             sent = self._sent.pop(reply.outcome.step_id)
             updates = planner.commit(reply.outcome)
             self._wake.set()
-            self._deliver(updates)
+            self._requests.deliver(updates)
             pool = planner.block_pool
             self._metrics.on_step(
                 num_running=len(planner.running),
@@ -357,15 +297,8 @@ class StepLoop:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_INTERVAL_S)
             now = now_ms()
-            self._deliver(planner.expire(now))
-            for request_id, entry in list(self._entries.items()):
-                since = entry.stream.over_bound_since_ms
-                if since is not None and now - since > self._config.unread_timeout_ms:
-                    self._end(
-                        request_id,
-                        FinishReason.ERROR,
-                        SlowReaderError("the output was not read for too long"),
-                    )
+            self._requests.deliver(planner.expire(now))
+            self._requests.end_slow_readers(now, self._config.unread_timeout_ms)
             if self._step_age_ms(now) > self._config.step_timeout_ms:
                 raise PlanStreamError("a step is overdue")
             self._metrics.set_load(
@@ -380,13 +313,7 @@ class StepLoop:
     # Delivery
 
     def _note_plan(self, plan: StepPlan, now: float) -> None:
-        for sequence in plan.first_scheduled:
-            entry = self._entries.get(sequence.request.request_id)
-            if entry is None or entry.stream.request is not sequence.request:
-                continue
-            entry.stream.publish_scheduled(sequence, now)
-            if sequence.index == 0:
-                self._metrics.on_first_scheduled((now - sequence.request.arrival_ms) / 1e3)
+        self._requests.note_first_steps(plan, now)
         if plan.num_preemptions:
             self._metrics.on_preemption(plan.num_preemptions)
         if plan.num_prefix_queried_tokens:
@@ -394,124 +321,7 @@ class StepLoop:
                 plan.num_prefix_queried_tokens, plan.num_prefix_hit_tokens
             )
 
-    def _deliver(self, updates: Iterable[SequenceUpdate]) -> None:
-        now = now_ms()
-        for update in updates:
-            sequence = update.sequence
-            request_id = sequence.request.request_id
-            entry = self._entries.get(request_id)
-            if entry is None or sequence is not entry.stream.progress[sequence.index].sequence:
-                continue
-            if sequence.finish_reason is FinishReason.DEADLINE:
-                self._end(
-                    request_id,
-                    FinishReason.DEADLINE,
-                    DeadlineExceededError("the request's deadline passed"),
-                )
-            elif sequence.finish_reason is FinishReason.ERROR:
-                self._end(request_id, FinishReason.ERROR, _error_of(update, sequence))
-            else:
-                self._deliver_tokens(entry, update, now)
-
-    def _deliver_tokens(self, entry: _Entry, update: SequenceUpdate, now: float) -> None:
-        sequence, stream = update.sequence, entry.stream
-        progress = stream.progress[sequence.index]
-        try:
-            delta = entry.assemblers[sequence.index].push(
-                update.token_ids, update.logprobs, sequence.finish_reason, sequence.stop_token_id
-            )
-        except Exception:
-            # One request's text must not end the others' steps.
-            log.exception("detokenisation failed", request_id=stream.request.request_id)
-            self._end(
-                stream.request.request_id,
-                FinishReason.ERROR,
-                InternalError("the output could not be turned into text"),
-            )
-            return
-        if delta.finish_reason is FinishReason.STOP and sequence.finish_reason is None:
-            assert self._planner is not None
-            self._planner.finish(sequence, FinishReason.STOP)
+    def _finish_sequence(self, sequence: Sequence, reason: FinishReason) -> None:
+        if self._planner is not None:
+            self._planner.finish(sequence, reason)
             self._wake.set()
-        if progress.first_token_ms is None:
-            self._metrics.on_first_token((now - stream.request.arrival_ms) / 1e3)
-        else:
-            self._metrics.on_inter_token((now - progress.last_token_ms) / 1e3)
-        stream.publish(sequence.index, delta, now)
-        if all(other.is_finished for other in stream.progress):
-            self._close(entry, delta.finish_reason or FinishReason.STOP, None)
-
-    def _end(
-        self, request_id: str, reason: FinishReason, error: SchedulerError | None = None
-    ) -> None:
-        """End all sequences of a request now."""
-        entry = self._entries[request_id]
-        now = now_ms()
-        for progress, assembler in zip(entry.stream.progress, entry.assemblers, strict=True):
-            if progress.is_finished:
-                continue
-            if self._planner is not None:
-                self._planner.finish(progress.sequence, reason)
-            if error is None:
-                delta = assembler.push((), (), reason)
-                entry.stream.publish(progress.sequence.index, delta, now)
-        self._wake.set()
-        self._close(entry, reason, error)
-
-    def _close(self, entry: _Entry, reason: FinishReason, error: SchedulerError | None) -> None:
-        stream = entry.stream
-        del self._entries[stream.request.request_id]
-        stream.end(now_ms(), error)
-        usage, timings = stream.usage, stream.timings
-        self._metrics.on_finished(
-            reason.value, timings.e2e_ms / 1e3, usage.num_prompt_tokens, usage.num_output_tokens
-        )
-        log.info(
-            "request ended",
-            request_id=stream.request.request_id,
-            finish_reason=reason.value,
-            num_prompt_tokens=usage.num_prompt_tokens,
-            num_output_tokens=usage.num_output_tokens,
-            num_cached_tokens=usage.num_cached_tokens,
-            num_preemptions=usage.num_preemptions,
-            queue_ms=round(timings.queue_ms, 1),
-            ttft_ms=round(timings.ttft_ms, 1),
-            e2e_ms=round(timings.e2e_ms, 1),
-        )
-        if not self._entries:
-            self._idle.set()
-
-
-def now_ms() -> float:
-    """The scheduler's clock: monotonic milliseconds."""
-    return time.monotonic() * 1e3
-
-
-def _error_of(update: SequenceUpdate, sequence: Sequence) -> SchedulerError:
-    message = update.error or "the executor could not go on with the request"
-    if sequence.num_resumes:  # it is the executors' fault, so another try may succeed
-        return ExecutorLostError(message)
-    return InternalError(message)
-
-
-def _served_model(description: Description, config: SchedulerConfig) -> ServedModel:
-    pool_tokens = description.num_blocks * description.block_size
-    return ServedModel(
-        fingerprint=description.model_fingerprint,
-        architecture=description.architecture,
-        vocab_size=description.vocab_size,
-        max_model_len=min(description.max_position_embeddings, pool_tokens),
-        eos_token_ids=frozenset(description.eos_token_ids),
-        dtype=description.dtype,
-        kv_cache_dtype=description.kv_cache_dtype,
-        block_size=description.block_size,
-        num_blocks=description.num_blocks,
-        weight_bytes=description.weight_bytes,
-        kv_cache_bytes=description.kv_cache_bytes,
-        device=description.device,
-        max_num_seqs=min(config.max_num_seqs or description.max_num_seqs, description.max_num_seqs),
-        max_num_batched_tokens=min(
-            config.max_num_batched_tokens or description.max_num_batched_tokens,
-            description.max_num_batched_tokens,
-        ),
-    )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from stepwire_scheduler.block_pool import BlockPool
+from stepwire_scheduler.block_table import BlockTables
 from stepwire_scheduler.planner import Planner
 from stepwire_scheduler.prefix_cache import PrefixCache
 from stepwire_scheduler.sequence import SequenceStatus
@@ -30,12 +31,12 @@ def keep_evicted_blocks_in_the_prefix_cache(patch: pytest.MonkeyPatch) -> None:
 
 
 def find_the_whole_prompt_in_the_cache(patch: pytest.MonkeyPatch) -> None:
-    def find(planner: Planner, sequence: Any) -> list[int]:
-        cache, tenant = planner._prefix_cache, sequence.request.tenant
+    def find(tables: BlockTables, sequence: Any) -> list[int]:
+        cache, tenant = tables._prefix_cache, sequence.request.tenant
         cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
         return cache.match(sequence.block_hashes, sequence.token_ids, tenant)
 
-    patch.setattr(Planner, "_find_cached_blocks", find)
+    patch.setattr(BlockTables, "find_cached", find)
 
 
 def forget_samples_of_preempted_sequences(patch: pytest.MonkeyPatch) -> None:
@@ -69,12 +70,12 @@ def leave_the_slot_of_a_cancelled_sequence(patch: pytest.MonkeyPatch) -> None:
 
 
 def give_every_block_at_once(patch: pytest.MonkeyPatch) -> None:
-    take = Planner._take_blocks
+    extend = BlockTables.extend
     patch.setattr(
-        Planner,
-        "_take_blocks",
-        lambda planner, sequence, _: take(
-            planner, sequence, len(sequence.token_ids) - sequence.num_computed_tokens
+        BlockTables,
+        "extend",
+        lambda tables, sequence, _: extend(
+            tables, sequence, len(sequence.token_ids) - sequence.num_computed_tokens
         ),
     )
 

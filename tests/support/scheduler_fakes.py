@@ -19,8 +19,9 @@ from stepwire_scheduler.output import SequenceDelta
 from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.rpc_handlers import SERVICE_NAME, add_generation_service
 from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState
 from stepwire_scheduler.service import GenerationService
-from stepwire_scheduler.step_loop import LoadProgress, ServedModel, ServingState, StepLoop
+from stepwire_scheduler.step_loop import StepLoop
 from stepwire_scheduler.tokenizer import Tokenizer, load_tokenizer
 from support.scheduler_tokenizers import write_tokenizer
 

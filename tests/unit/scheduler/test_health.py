@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from stepwire_scheduler.rpc_handlers import SERVICE_NAME
-from stepwire_scheduler.step_loop import ServingState
+from stepwire_scheduler.served_model import ServingState
 from support.scheduler_fakes import FakeStepLoop, served, tiny_tokenizer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

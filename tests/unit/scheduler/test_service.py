@@ -10,6 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from stepwire.scheduler.v1 import generation_pb2 as pb
+from stepwire_scheduler.clock import now_ms
 from stepwire_scheduler.errors import (
     DeadlineExceededError,
     DuplicateRequestError,
@@ -21,7 +22,7 @@ from stepwire_scheduler.errors import (
 )
 from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.sequence import FinishReason, Logprobs
-from stepwire_scheduler.step_loop import ServingState, now_ms
+from stepwire_scheduler.served_model import ServingState
 from stepwire_scheduler.tokenizer import Tokenizer
 from support.scheduler_fakes import (
     FakeStepLoop,

@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 from stepwire.executor.v1 import executor_pb2 as pb
 from stepwire.executor.v1 import executor_pb2_grpc
+from stepwire_scheduler.clock import now_ms
 from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.errors import (
     DeadlineExceededError,
@@ -26,7 +27,8 @@ from stepwire_scheduler.errors import (
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.request_stream import RequestStream, Scheduled, SequenceOutput
 from stepwire_scheduler.sequence import FinishReason, Request, SamplingParams
-from stepwire_scheduler.step_loop import ServingState, StepLoop, now_ms
+from stepwire_scheduler.served_model import ServingState
+from stepwire_scheduler.step_loop import StepLoop
 from support.hashing_executor import VOCAB_SIZE, HashingExecutor, expected_output
 from support.scheduler_fakes import eventually
 

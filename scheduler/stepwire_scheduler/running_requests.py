@@ -1,0 +1,191 @@
+"""Requests that are queued or running: who reads which sequence, and how each ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import structlog
+
+from stepwire_scheduler.clock import now_ms
+from stepwire_scheduler.detokenizer import TokenBytes
+from stepwire_scheduler.errors import (
+    DeadlineExceededError,
+    ExecutorLostError,
+    InternalError,
+    SchedulerError,
+    SlowReaderError,
+)
+from stepwire_scheduler.metrics import Metrics
+from stepwire_scheduler.output import OutputAssembler
+from stepwire_scheduler.plan import SequenceUpdate, StepPlan
+from stepwire_scheduler.request_stream import RequestStream
+from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A request's stream and one assembler a sequence."""
+
+    stream: RequestStream
+    assemblers: list[OutputAssembler]
+
+
+class RunningRequests:
+    """The requests by id, from acceptance to their one end."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        max_unread_bytes: int,
+        finish_sequence: Callable[[Sequence, FinishReason], None],
+    ) -> None:
+        """finish_sequence ends a sequence in the planner; it may have ended already."""
+        self._metrics = metrics
+        self._max_unread_bytes = max_unread_bytes
+        self._finish_sequence = finish_sequence
+        self._entries: dict[str, _Entry] = {}
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids as they are now; ending requests meanwhile is fine."""
+        return iter(list(self._entries))
+
+    def add(
+        self, request: Request, sequences: list[Sequence], tokenizer: TokenBytes
+    ) -> RequestStream:
+        """Open the stream of a request whose sequences are queued."""
+        stream = RequestStream(
+            request,
+            sequences,
+            max_unread_bytes=self._max_unread_bytes,
+            on_close=lambda stream: self.end(stream.request.request_id, FinishReason.CANCELLED),
+        )
+        self._entries[request.request_id] = _Entry(
+            stream=stream,
+            assemblers=[OutputAssembler(tokenizer, request.sampling_params) for _ in sequences],
+        )
+        self._is_empty.clear()
+        self._metrics.on_request_queued()
+        return stream
+
+    async def wait_until_none(self) -> None:
+        """Return once every request has ended."""
+        await self._is_empty.wait()
+
+    def note_first_steps(self, plan: StepPlan, now: float) -> None:
+        """Tell the readers of sequences that get their first step."""
+        for sequence in plan.first_scheduled:
+            entry = self._entries.get(sequence.request.request_id)
+            if entry is None or entry.stream.request is not sequence.request:
+                continue
+            entry.stream.publish_scheduled(sequence, now)
+            if sequence.index == 0:
+                self._metrics.on_first_scheduled((now - sequence.request.arrival_ms) / 1e3)
+
+    def end_slow_readers(self, now: float, unread_timeout_ms: float) -> None:
+        """End requests whose output has been over its bound for too long."""
+        for request_id, entry in list(self._entries.items()):
+            since = entry.stream.over_bound_since_ms
+            if since is not None and now - since > unread_timeout_ms:
+                error = SlowReaderError("the output was not read for too long")
+                self.end(request_id, FinishReason.ERROR, error)
+
+    def deliver(self, updates: Iterable[SequenceUpdate]) -> None:
+        """Hand new tokens, and ends, to the streams they belong to."""
+        now = now_ms()
+        for update in updates:
+            sequence = update.sequence
+            request_id = sequence.request.request_id
+            entry = self._entries.get(request_id)
+            if entry is None or sequence is not entry.stream.progress[sequence.index].sequence:
+                continue
+            if sequence.finish_reason is FinishReason.DEADLINE:
+                self.end(
+                    request_id,
+                    FinishReason.DEADLINE,
+                    DeadlineExceededError("the request's deadline passed"),
+                )
+            elif sequence.finish_reason is FinishReason.ERROR:
+                self.end(request_id, FinishReason.ERROR, _error_of(update, sequence))
+            else:
+                self._deliver_tokens(entry, update, now)
+
+    def _deliver_tokens(self, entry: _Entry, update: SequenceUpdate, now: float) -> None:
+        sequence, stream = update.sequence, entry.stream
+        progress = stream.progress[sequence.index]
+        try:
+            delta = entry.assemblers[sequence.index].push(
+                update.token_ids, update.logprobs, sequence.finish_reason, sequence.stop_token_id
+            )
+        except Exception:
+            # One request's text must not end the others' steps.
+            log.exception("detokenisation failed", request_id=stream.request.request_id)
+            self.end(
+                stream.request.request_id,
+                FinishReason.ERROR,
+                InternalError("the output could not be turned into text"),
+            )
+            return
+        if delta.finish_reason is FinishReason.STOP and sequence.finish_reason is None:
+            self._finish_sequence(sequence, FinishReason.STOP)  # at a stop string
+        if progress.first_token_ms is None:
+            self._metrics.on_first_token((now - stream.request.arrival_ms) / 1e3)
+        else:
+            self._metrics.on_inter_token((now - progress.last_token_ms) / 1e3)
+        stream.publish(sequence.index, delta, now)
+        if all(other.is_finished for other in stream.progress):
+            self._close(entry, delta.finish_reason or FinishReason.STOP, None)
+
+    def end(
+        self, request_id: str, reason: FinishReason, error: SchedulerError | None = None
+    ) -> None:
+        """End all sequences of a request now; its reader gets what there is, then the error."""
+        entry = self._entries[request_id]
+        now = now_ms()
+        for progress, assembler in zip(entry.stream.progress, entry.assemblers, strict=True):
+            if progress.is_finished:
+                continue
+            self._finish_sequence(progress.sequence, reason)
+            if error is None:
+                delta = assembler.push((), (), reason)
+                entry.stream.publish(progress.sequence.index, delta, now)
+        self._close(entry, reason, error)
+
+    def _close(self, entry: _Entry, reason: FinishReason, error: SchedulerError | None) -> None:
+        stream = entry.stream
+        del self._entries[stream.request.request_id]
+        stream.end(now_ms(), error)
+        usage, timings = stream.usage, stream.timings
+        self._metrics.on_finished(
+            reason.value, timings.e2e_ms / 1e3, usage.num_prompt_tokens, usage.num_output_tokens
+        )
+        log.info(
+            "request ended",
+            request_id=stream.request.request_id,
+            finish_reason=reason.value,
+            num_prompt_tokens=usage.num_prompt_tokens,
+            num_output_tokens=usage.num_output_tokens,
+            num_cached_tokens=usage.num_cached_tokens,
+            num_preemptions=usage.num_preemptions,
+            queue_ms=round(timings.queue_ms, 1),
+            ttft_ms=round(timings.ttft_ms, 1),
+            e2e_ms=round(timings.e2e_ms, 1),
+        )
+        if not self._entries:
+            self._is_empty.set()
+
+
+def _error_of(update: SequenceUpdate, sequence: Sequence) -> SchedulerError:
+    message = update.error or "the executor could not go on with the request"
+    if sequence.num_resumes:  # it is the executors' fault, so another try may succeed
+        return ExecutorLostError(message)
+    return InternalError(message)

@@ -1,0 +1,74 @@
+"""What the executors serve, the limits that follow, and how far their load has come."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from stepwire.executor.v1.executor_pb2 import DescribeResponse
+
+from stepwire_scheduler.config import SchedulerConfig
+
+
+class ServingState(enum.Enum):
+    """How far the scheduler is from running requests."""
+
+    CONNECTING = "connecting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """How far the executors' load has come."""
+
+    phase: str
+    fraction: float
+    """0 to 1 over the whole load."""
+    elapsed_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What the executors serve and the limits that follow."""
+
+    fingerprint: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    """Tokens, prompt and output: the model's context or the KV pool, whichever is smaller."""
+    eos_token_ids: frozenset[int]
+    dtype: str
+    kv_cache_dtype: str
+    block_size: int
+    num_blocks: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    device: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+def served_model(description: DescribeResponse, config: SchedulerConfig) -> ServedModel:
+    """Put together what the executors offer and what the scheduler's settings allow of it."""
+    pool_tokens = description.num_blocks * description.block_size
+    return ServedModel(
+        fingerprint=description.model_fingerprint,
+        architecture=description.architecture,
+        vocab_size=description.vocab_size,
+        max_model_len=min(description.max_position_embeddings, pool_tokens),
+        eos_token_ids=frozenset(description.eos_token_ids),
+        dtype=description.dtype,
+        kv_cache_dtype=description.kv_cache_dtype,
+        block_size=description.block_size,
+        num_blocks=description.num_blocks,
+        weight_bytes=description.weight_bytes,
+        kv_cache_bytes=description.kv_cache_bytes,
+        device=description.device,
+        max_num_seqs=min(config.max_num_seqs or description.max_num_seqs, description.max_num_seqs),
+        max_num_batched_tokens=min(
+            config.max_num_batched_tokens or description.max_num_batched_tokens,
+            description.max_num_batched_tokens,
+        ),
+    )
