@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
@@ -69,6 +70,11 @@ class AsyncGenerationStream(AsyncIterator[Event]):
 
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
+
+    def __del__(self) -> None:
+        # grpc.aio's own tasks keep a call that nobody reads alive, and with it the request.
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, the call with it
+            self.cancel()
 
 
 class AsyncClient:

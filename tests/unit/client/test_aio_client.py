@@ -87,6 +87,14 @@ async def test_leaving_the_context_cancels_the_call(
     assert await is_ended(service)
 
 
+async def test_a_forgotten_stream_cancels_the_call(
+    client: AsyncClient, service: FakeGenerationService
+) -> None:
+    async for _ in client.stream("slow"):
+        break
+    assert await is_ended(service)
+
+
 async def test_errors_carry_field_violations(client: AsyncClient) -> None:
     with pytest.raises(InvalidArgumentError) as unary:
         await client.generate("invalid")
