@@ -131,7 +131,7 @@ class ExecutorService(ExecutorServiceServicer):
             # Behind the step in flight, whose result still goes out.
             self._compute.submit(lambda: stream.post_end(end))
 
-    async def Describe(  # noqa: N802 - the name is the protocol's
+    async def Describe(
         self, request: DescribeRequest, context: grpc.ServicerContext
     ) -> DescribeResponse:
         """Say what the rank is and how far its load has come."""
@@ -150,7 +150,7 @@ class ExecutorService(ExecutorServiceServicer):
             response.MergeFrom(DescribeResponse(**asdict(progress.description)))
         return response
 
-    async def Execute(  # type: ignore[override]  # noqa: N802 - the base types both stacks
+    async def Execute(  # type: ignore[override]
         self,
         request_iterator: AsyncIterator[ExecuteRequest],
         context: aio.ServicerContext[ExecuteRequest, ExecuteResponse],

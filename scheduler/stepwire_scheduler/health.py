@@ -27,16 +27,12 @@ class HealthService(health_pb2_grpc.HealthServicer):
         """is_serving: by the service's full name; "" is always serving."""
         self._is_serving = {"": lambda: True, **is_serving}
 
-    async def Check(  # noqa: N802 - the name is the protocol's
-        self, request: health_pb2.HealthCheckRequest, context: _Context
-    ) -> _Response:
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> _Response:
         if request.service not in self._is_serving:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
         return self._response(request.service)
 
-    async def Watch(  # noqa: N802 - the name is the protocol's
-        self, request: health_pb2.HealthCheckRequest, context: _Context
-    ) -> NoReturn:
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: _Context) -> NoReturn:
         """Write the status now and at every change, until the client goes away."""
         last = None
         while True:

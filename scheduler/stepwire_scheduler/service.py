@@ -88,7 +88,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Whether a request sent now would make progress."""
         return self.state is ServingState.READY and self._step_loop.is_progressing
 
-    async def Generate(  # noqa: N802 - the name is the protocol's
+    async def Generate(
         self, request: generation_pb2.GenerateRequest, context: _Context
     ) -> generation_pb2.GenerateResponse:
         async with self._submitted(request, context) as (stream, _):
@@ -106,7 +106,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 timings=encode_timings(stream),
             )
 
-    async def GenerateStream(  # type: ignore[override]  # noqa: N802 - the name is the protocol's
+    async def GenerateStream(  # type: ignore[override]
         self, request: generation_pb2.GenerateStreamRequest, context: _Context
     ) -> None:
         async with self._submitted(request, context) as (stream, num_waiting):
@@ -129,13 +129,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             )
             await writer.write(completed=completed)
 
-    async def Cancel(  # noqa: N802 - the name is the protocol's
+    async def Cancel(
         self, request: generation_pb2.CancelRequest, context: _Context
     ) -> generation_pb2.CancelResponse:
         cancelled = [each for each in request.request_ids if self._step_loop.cancel(each)]
         return generation_pb2.CancelResponse(cancelled_request_ids=cancelled)
 
-    async def GetModel(  # noqa: N802 - the name is the protocol's
+    async def GetModel(
         self, request: generation_pb2.GetModelRequest, context: _Context
     ) -> generation_pb2.GetModelResponse:
         state = self.state
@@ -163,7 +163,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             response.max_num_batched_tokens = model.max_num_batched_tokens
         return response
 
-    async def Tokenize(  # noqa: N802 - the name is the protocol's
+    async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: _Context
     ) -> generation_pb2.TokenizeResponse:
         tokenizer = self._loaded_tokenizer()
@@ -173,7 +173,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         token_ids = await encode_prompt(request, tokenizer, max_tokens=max_tokens)
         return generation_pb2.TokenizeResponse(token_ids=token_ids)
 
-    async def Detokenize(  # noqa: N802 - the name is the protocol's
+    async def Detokenize(
         self, request: generation_pb2.DetokenizeRequest, context: _Context
     ) -> generation_pb2.DetokenizeResponse:
         tokenizer = self._loaded_tokenizer()

@@ -26,9 +26,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServiceServicer):
     """Tokens of each slot."""
     _computed: dict[int, int] = field(default_factory=dict)
 
-    async def Describe(  # noqa: N802 - the name is the protocol's
-        self, request: pb.DescribeRequest, context: Any
-    ) -> pb.DescribeResponse:
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         return pb.DescribeResponse(
             load_state=self.load_state,
             load_phase="read weights",
@@ -45,7 +43,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServiceServicer):
             max_num_batched_tokens=256,
         )
 
-    async def Execute(  # noqa: N802 - the name is the protocol's
+    async def Execute(
         self, requests: AsyncIterator[pb.ExecuteRequest], context: Any
     ) -> AsyncIterator[pb.ExecuteResponse]:
         async for request in requests:

@@ -85,7 +85,7 @@ class FakeGenerationService(pb_grpc.GenerationServiceServicer):
         if message.text == "crash":
             raise RuntimeError("secret /path/of/server.py")
 
-    def Generate(  # noqa: N802
+    def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> pb.GenerateResponse:
         self._check(request.input, context)
@@ -114,7 +114,7 @@ class FakeGenerationService(pb_grpc.GenerationServiceServicer):
             timings=pb.Timings(queue_ms=1, ttft_ms=2, tpot_ms=3, e2e_ms=4),
         )
 
-    def GenerateStream(  # noqa: N802
+    def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateStreamResponse]:
         self._check(request.input, context)
@@ -151,14 +151,12 @@ class FakeGenerationService(pb_grpc.GenerationServiceServicer):
                 self.ended.wait(20)
             yield event
 
-    def Cancel(  # noqa: N802
-        self, request: pb.CancelRequest, context: grpc.ServicerContext
-    ) -> pb.CancelResponse:
+    def Cancel(self, request: pb.CancelRequest, context: grpc.ServicerContext) -> pb.CancelResponse:
         return pb.CancelResponse(
             cancelled_request_ids=[i for i in request.request_ids if i != "unknown"]
         )
 
-    def GetModel(  # noqa: N802
+    def GetModel(
         self, request: pb.GetModelRequest, context: grpc.ServicerContext
     ) -> pb.GetModelResponse:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
@@ -176,13 +174,13 @@ class FakeGenerationService(pb_grpc.GenerationServiceServicer):
             response.has_chat_template = True
         return response
 
-    def Tokenize(  # noqa: N802
+    def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.ServicerContext
     ) -> pb.TokenizeResponse:
         text = request.text or "|".join(m.role + m.content for m in request.chat.messages)
         return pb.TokenizeResponse(token_ids=text.encode())
 
-    def Detokenize(  # noqa: N802
+    def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.ServicerContext
     ) -> pb.DetokenizeResponse:
         return pb.DetokenizeResponse(text=bytes(request.token_ids).decode())

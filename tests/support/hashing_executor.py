@@ -36,9 +36,7 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
     num_steps: int = 0
     calls: list[Any] = field(default_factory=list)
 
-    async def Describe(  # noqa: N802 - the name is the protocol's
-        self, request: pb.DescribeRequest, context: Any
-    ) -> pb.DescribeResponse:
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         says: dict[str, Any] = {
             "load_state": pb.LOAD_STATE_READY,
             "load_fraction": 1.0,
@@ -53,7 +51,7 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
         }
         return pb.DescribeResponse(**(says | self.description))
 
-    async def Execute(  # noqa: N802 - the name is the protocol's
+    async def Execute(
         self, requests: AsyncIterator[pb.ExecuteRequest], context: Any
     ) -> AsyncIterator[pb.ExecuteResponse]:
         self.calls.append(context)
