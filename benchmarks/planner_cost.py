@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import gc
 import itertools
 import math
 import pstats
@@ -21,6 +20,7 @@ import time
 from collections.abc import Sequence
 
 from stepwire.executor.v1 import executor_pb2
+from stepwire_scheduler import garbage
 from stepwire_scheduler.executor_client import parse_result, serialize_plan
 from stepwire_scheduler.plan import StepPlan
 from stepwire_scheduler.planner import Planner, PlannerConfig
@@ -120,14 +120,12 @@ def encode_result(plan: StepPlan) -> bytes:
 
 def measure(num_sequences: int, num_steps: int) -> Figures:
     """Times of num_steps steps, after as many as it takes to be steady."""
+    garbage.settle()  # as the scheduler's process does before its first request
     steady = SteadyDecode(num_sequences)
     for _ in range(OUTPUT_LENS[1] // 2):
         steady.step()
-    gc.collect()
-    gc.freeze()  # as the scheduler's process does once it serves
     steady.num_ended = steady.num_scheduled = steady.num_request_bytes = 0
     samples = [steady.step() for _ in range(num_steps)]
-    gc.unfreeze()
     totals = [sample["plan"] + sample["commit"] for sample in samples]
     return {
         "num_steps": num_steps,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from stepwire_scheduler import garbage
 from stepwire_scheduler.command_line import split_address
 from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.errors import ListenError
@@ -176,9 +176,7 @@ async def _load_tokenizer(
         vocab_size=tokenizer.vocab_size,
         has_chat_template=tokenizer.has_chat_template,
     )
-    # What lives as long as the process is never walked again: a full collection stays short.
-    gc.collect()
-    gc.freeze()
+    garbage.settle()
 
 
 async def _watch_load(service: GenerationService, step_loop: StepLoop, metrics: Metrics) -> None:
