@@ -11,6 +11,9 @@ from stepwire_executor.model.tokenizer_conversion import convert_gguf_tokenizer
 # As the executor sets it, and before anything imports torch: idle threads that spin for long
 # make tests crawl when more processes run than there are cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Also before anything imports triton: without a GPU its kernels are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

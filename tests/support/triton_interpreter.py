@@ -1,0 +1,24 @@
+"""Where Triton kernels are tested: on a GPU, or by Triton's interpreter where there is none.
+
+Triton reads TRITON_INTERPRET once, when it is imported, so tests/conftest.py sets it before
+anything imports triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu")
+"""Where the tensors of these tests live."""
+
+requires_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (IS_INTERPRETED or DEVICE.type == "cuda"),
+    reason="needs triton, and a GPU or TRITON_INTERPRET=1",
+)
+"""For modules that run kernels: pytestmark = requires_triton."""
