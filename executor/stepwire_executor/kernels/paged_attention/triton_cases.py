@@ -1,0 +1,144 @@
+"""What is compiled ahead of time: the shapes of Llama-3.1-8B and of models with small heads."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton.language as tl
+
+from stepwire_executor.kernels.compile_case import CompileCase
+from stepwire_executor.kernels.paged_attention.triton_combine import combine_splits_kernel
+from stepwire_executor.kernels.paged_attention.triton_config import (
+    COMBINE_WARPS,
+    MAX_DECODE_QUERY,
+    SPLIT_TOKENS,
+    choose_config,
+)
+from stepwire_executor.kernels.paged_attention.triton_decode import decode_attention_kernel
+from stepwire_executor.kernels.paged_attention.triton_prefill import prefill_attention_kernel
+
+_LENGTHS = {
+    "cu_seqlens_q_ptr": "*i32",
+    "seq_lens_ptr": "*i32",
+    "block_table_ptr": "*i32",
+    "table_stride": "i32",
+    "num_seqs": "i32",
+}
+_SCALARS = {
+    "query_token_stride": "i32",
+    "query_head_stride": "i32",
+    "score_scale": "fp32",
+    "softcap": "fp32",
+    "window": "i32",
+}
+_SPLITS = {"split_weighted_ptr": "*fp32", "split_state_ptr": "*fp32", "max_splits": "i32"}
+
+
+def _attention_cases(
+    capability: int, head_dim: int, page: str, block_size: int, has_window: bool
+) -> list[CompileCase]:
+    """Both kernels, of 8 KV heads and groups of 4, with bfloat16 queries."""
+    is_fp8 = page == "fp8e4nv"
+    config = choose_config(
+        divmod(capability, 10), head_dim=head_dim, dot_dtype=torch.float16
+    )
+    signature = {
+        "query_ptr": "*bf16",
+        "out_ptr": "*bf16",
+        "key_ptr": f"*{page}",
+        "value_ptr": f"*{page}",
+        **({"key_scale_ptr": "*fp32", "value_scale_ptr": "*fp32"} if is_fp8 else {}),
+        **_LENGTHS,
+        **_SCALARS,
+    }
+    constexprs = {
+        "NUM_KV_HEADS": 8,
+        "GROUP": 4,
+        "BLOCK_SIZE": block_size,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": head_dim,
+        "BLOCK_SEQS": 64,
+        "SPLIT_TOKENS": SPLIT_TOKENS,
+        "DOT_DTYPE": tl.float16 if is_fp8 else tl.bfloat16,
+        "IS_SCALED": is_fp8,
+        "RESCALES_QUERY": is_fp8,
+        "HAS_SOFTCAP": has_window,
+        "HAS_WINDOW": has_window,
+        **({} if is_fp8 else {"key_scale_ptr": None, "value_scale_ptr": None}),
+    }
+    suffix = f"{page}_d{head_dim}_page{block_size}{'_window' if has_window else ''}"
+    return [
+        CompileCase(
+            name=f"{name}_{suffix}",
+            kernel=kernel,
+            signature=signature | extra_signature,
+            constexprs=constexprs
+            | extra
+            | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            min_capability=capability,
+            max_capability=capability,
+            divisible_by_16=frozenset({"query_token_stride", "query_head_stride"}),
+            expect=frozenset({"wgmma", "vector_loads"} if capability == 90 else {"vector_loads"}),
+        )
+        for name, kernel, tile, extra, extra_signature in (
+            (
+                "decode_attention",
+                decode_attention_kernel,
+                config.decode,
+                {"MAX_QUERY": MAX_DECODE_QUERY},
+                _SPLITS,
+            ),
+            (
+                "prefill_attention",
+                prefill_attention_kernel,
+                config.prefill,
+                {"MAX_DECODE_QUERY": MAX_DECODE_QUERY},
+                {},
+            ),
+        )
+    ]
+
+
+def _combine_case(head_dim: int) -> CompileCase:
+    return CompileCase(
+        name=f"combine_splits_d{head_dim}",
+        kernel=combine_splits_kernel,
+        signature={
+            "out_ptr": "*bf16",
+            "cu_seqlens_q_ptr": "*i32",
+            "seq_lens_ptr": "*i32",
+            "num_seqs": "i32",
+            "window": "i32",
+            **_SPLITS,
+        },
+        constexprs={
+            "NUM_HEADS": 32,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": head_dim,
+            "BLOCK_SEQS": 64,
+            "SPLIT_TOKENS": SPLIT_TOKENS,
+            "MAX_QUERY": MAX_DECODE_QUERY,
+            "IS_SCALED": False,
+            "HAS_WINDOW": False,
+        },
+        num_warps=COMBINE_WARPS,
+        num_stages=2,
+    )
+
+
+COMPILE_CASES: tuple[CompileCase, ...] = (
+    *itertools.chain.from_iterable(
+        _attention_cases(capability, head_dim, page, block_size, has_window)
+        for capability in (80, 90, 100)
+        for head_dim in (64, 128)
+        for page in ("bf16", "fp8e4nv")
+        for block_size, has_window in ((16, False), (64, False), (64, True))
+        # sm_80 has no e4m3.
+        if not (page == "fp8e4nv" and capability < 89)
+    ),
+    _combine_case(64),
+    _combine_case(128),
+)

@@ -1,0 +1,241 @@
+"""Triton kernel for prompts: many query tokens of a sequence, over its pages.
+
+A program takes one block of packed rows (query tokens times the query heads of a KV head) and
+one KV head. It joins the splits of the context where the decode kernel would have, so that a
+prompt's rows do not depend on how the prompt was cut.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stepwire_executor.kernels.paged_attention.triton_tile import (
+    attend_tile,
+    count_rows,
+    finish_rows,
+    first_key,
+    join_splits,
+    load_query,
+)
+
+
+@triton.jit
+def prefill_attention_kernel(
+    query_ptr,
+    out_ptr,
+    key_ptr,
+    value_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
+    cu_seqlens_q_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    table_stride,
+    num_seqs,
+    query_token_stride,
+    query_head_stride,
+    score_scale,
+    softcap,
+    window,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SEQS: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr,
+    MAX_DECODE_QUERY: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    IS_SCALED: tl.constexpr,
+    RESCALES_QUERY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Attend the queries of sequences with more than MAX_DECODE_QUERY of them.
+
+    Program (block of rows over all sequences, KV head); programs past the last block return.
+    """
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    seqs = tl.arange(0, BLOCK_SEQS)
+    is_seq = seqs < num_seqs
+    query_lens = tl.load(cu_seqlens_q_ptr + seqs + 1, mask=is_seq, other=0)
+    query_lens -= tl.load(cu_seqlens_q_ptr + seqs, mask=is_seq, other=0)
+    work = tl.where(query_lens > MAX_DECODE_QUERY, count_rows(query_lens, GROUP, BLOCK_M), 0)
+    # The last blocks see the most context: they start first.
+    place = tl.sum(work, axis=0) - 1 - tl.program_id(0)
+    if place < 0:
+        return
+    kv_head = tl.program_id(1)
+    seq = tl.sum((tl.cumsum(work, axis=0) <= place).to(tl.int32), axis=0)
+    row_block = place - tl.sum(tl.where(seqs < seq, work, 0), axis=0)
+    query_start = tl.load(cu_seqlens_q_ptr + seq)
+    query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + seq)
+    table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
+
+    packed = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens = packed // GROUP
+    heads = kv_head * GROUP + packed % GROUP
+    is_used = tokens < query_len
+    before = seq_len - query_len
+    last = before + tokens
+    first_position = before + row_block * BLOCK_M // GROUP
+    last_position = before + ((row_block + 1) * BLOCK_M - 1) // GROUP
+    last_position = tl.minimum(last_position, seq_len - 1)
+    dims = tl.arange(0, BLOCK_D)
+    query, query_scale = load_query(
+        query_ptr,
+        query_token_stride,
+        query_head_stride,
+        query_start + tokens,
+        heads,
+        dims,
+        is_used,
+        HEAD_DIM,
+        DOT_DTYPE,
+        RESCALES_QUERY,
+    )
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    all_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    all_total = tl.zeros([BLOCK_M], tl.float32)
+    all_weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    end = last_position + 1
+    if HAS_WINDOW:
+        begin = first_key(first_position, window, HAS_WINDOW) // BLOCK_N * BLOCK_N
+        # Tiles that every row sees whole start where the last row's window does.
+        full = first_key(last_position, window, HAS_WINDOW)
+        full_begin = (full + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        for start in range(begin, tl.minimum(full_begin, end), BLOCK_N):
+            if start % SPLIT_TOKENS == 0:
+                all_maximum, all_total, all_weighted = join_splits(
+                    all_maximum, all_total, all_weighted, maximum, total, weighted
+                )
+                maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                total = tl.zeros([BLOCK_M], tl.float32)
+                weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            maximum, total, weighted = attend_tile(
+                query,
+                query_scale,
+                maximum,
+                total,
+                weighted,
+                start,
+                last,
+                seq_len,
+                key_ptr,
+                value_ptr,
+                key_scale_ptr,
+                value_scale_ptr,
+                table_ptr,
+                kv_head,
+                score_scale,
+                softcap,
+                window,
+                dims,
+                NUM_KV_HEADS,
+                BLOCK_SIZE,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_N,
+                IS_SCALED,
+                RESCALES_QUERY,
+                HAS_SOFTCAP,
+                HAS_WINDOW,
+                IS_MASKED=True,
+            )
+    else:
+        full_begin = 0
+    full_end = tl.maximum((first_position + 1) // BLOCK_N * BLOCK_N, full_begin)
+    for start in range(full_begin, full_end, BLOCK_N):
+        if start % SPLIT_TOKENS == 0:
+            all_maximum, all_total, all_weighted = join_splits(
+                all_maximum, all_total, all_weighted, maximum, total, weighted
+            )
+            maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        maximum, total, weighted = attend_tile(
+            query,
+            query_scale,
+            maximum,
+            total,
+            weighted,
+            start,
+            last,
+            seq_len,
+            key_ptr,
+            value_ptr,
+            key_scale_ptr,
+            value_scale_ptr,
+            table_ptr,
+            kv_head,
+            score_scale,
+            softcap,
+            window,
+            dims,
+            NUM_KV_HEADS,
+            BLOCK_SIZE,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            IS_SCALED,
+            RESCALES_QUERY,
+            HAS_SOFTCAP,
+            HAS_WINDOW,
+            IS_MASKED=False,
+        )
+    for start in range(full_end, end, BLOCK_N):
+        if start % SPLIT_TOKENS == 0:
+            all_maximum, all_total, all_weighted = join_splits(
+                all_maximum, all_total, all_weighted, maximum, total, weighted
+            )
+            maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        maximum, total, weighted = attend_tile(
+            query,
+            query_scale,
+            maximum,
+            total,
+            weighted,
+            start,
+            last,
+            seq_len,
+            key_ptr,
+            value_ptr,
+            key_scale_ptr,
+            value_scale_ptr,
+            table_ptr,
+            kv_head,
+            score_scale,
+            softcap,
+            window,
+            dims,
+            NUM_KV_HEADS,
+            BLOCK_SIZE,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            IS_SCALED,
+            RESCALES_QUERY,
+            HAS_SOFTCAP,
+            HAS_WINDOW,
+            IS_MASKED=True,
+        )
+
+    all_maximum, all_total, all_weighted = join_splits(
+        all_maximum, all_total, all_weighted, maximum, total, weighted
+    )
+    rows = ((query_start + tokens).to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM
+    result = finish_rows(all_total, all_weighted, IS_SCALED)
+    tl.store(
+        out_ptr + rows[:, None] + dims[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=is_used[:, None] & (dims < HEAD_DIM)[None, :],
+    )
