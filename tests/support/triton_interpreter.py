@@ -12,10 +12,11 @@ import os
 import pytest
 import torch
 
-
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu")
 """Where the tensors of these tests live."""
+DTYPES = [torch.float32, torch.float16, *([] if IS_INTERPRETED else [torch.bfloat16])]
+"""What activations are tested in: the interpreter truncates to bfloat16 instead of rounding."""
 
 requires_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or not (IS_INTERPRETED or DEVICE.type == "cuda"),

@@ -1,0 +1,282 @@
+"""Normalisation, gated activation, rotary embedding and the write into pages, in Triton."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from stepwire_executor.batch import StepBatch
+from stepwire_executor.kernels.rms_norm import reference as norm_reference
+from stepwire_executor.kernels.rope_and_write_kv import MIN_AMAX
+from stepwire_executor.kernels.rope_and_write_kv import reference as rope_reference
+from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+from support.kernels_support import make_batch, num_blocks, poisoned_pages
+from support.triton_interpreter import DEVICE, DTYPES, requires_triton
+from torch import Tensor
+
+pytestmark = requires_triton
+pytest.importorskip("triton")
+
+from stepwire_executor.kernels.rms_norm.triton import rms_norm  # noqa: E402 # after the skip
+from stepwire_executor.kernels.rope_and_write_kv.triton import rope_and_write_kv  # noqa: E402
+from stepwire_executor.kernels.silu_and_mul.triton import silu_and_mul  # noqa: E402
+
+ULP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=1.01 * ULP[dtype], atol=2e-6)
+
+
+def normalised(x: Tensor, weight: Tensor) -> Tensor:
+    return norm_reference.rms_norm(x.double(), weight.double(), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 7, 64, 577])
+def test_rows_are_normalised(size: int, dtype: torch.dtype) -> None:
+    x = torch.randn(5, size, device=DEVICE).to(dtype)
+    weight = torch.randn(size, device=DEVICE).to(dtype)
+    assert_close(rms_norm(x, weight, 1e-5), normalised(x, weight), dtype)
+    assert_close(rms_norm(x, weight.float(), 1e-5), normalised(x, weight), dtype)
+    assert rms_norm(x[:0], weight, 1e-5).shape == (0, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_residual_is_summed_in_place_and_then_normalised(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 50, device=DEVICE).to(dtype)
+    residual, weight = torch.randn_like(x), torch.randn(50, device=DEVICE).to(dtype)
+    before, total = x.clone(), residual + x
+    got = rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(residual, total)
+    assert torch.equal(x, before)
+    assert_close(got, normalised(total, weight), dtype)
+    # Rows of a wider tensor, with a residual of its own layout.
+    wide, residual = torch.cat((x, x), dim=-1), torch.zeros_like(x)
+    assert torch.equal(
+        rms_norm(wide[..., 50:], weight, 1e-5, residual), rms_norm(x, weight, 1e-5)
+    )
+    assert torch.equal(residual, x)
+
+
+def test_heads_of_a_fused_projection_are_normalised_where_they_lie() -> None:
+    fused, weight = torch.randn(4, 10 * 32, device=DEVICE), torch.randn(32, device=DEVICE)
+    heads = fused[:, 64:256].view(4, 6, 32)
+    for view in (heads, fused[:, :32], heads.transpose(0, 1), fused[:, :64].view(4, 1, 2, 32)):
+        assert_close(rms_norm(view, weight, 1e-5), normalised(view, weight), torch.float32)
+
+
+def test_rows_are_independent() -> None:
+    x, weight = torch.randn(9, 300, device=DEVICE), torch.randn(300, device=DEVICE)
+    x[4] = torch.nan
+    norm, silu = rms_norm(x, weight, 1e-5), silu_and_mul(x)
+    for row in (slice(0, 1), slice(3, 4), slice(5, 9)):
+        assert torch.equal(rms_norm(x[row], weight, 1e-5), norm[row])
+        assert torch.equal(silu_and_mul(x[row]), silu[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 1030])
+def test_the_gate_multiplies(size: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 2 * size, device=DEVICE) * 20).to(dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    expected = gate / (1 + torch.exp(-gate)) * up
+    wide = torch.cat((x, x), dim=1)
+    for view in (x, wide[:, 2 * size :]):
+        got = silu_and_mul(view)
+        torch.testing.assert_close(got.double(), expected, rtol=1.5 * ULP[dtype], atol=2e-6)
+    assert silu_and_mul(x[:0]).shape == (0, size)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_the_gate_saturates_without_nan() -> None:
+    x = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30, 1.0, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
+    expected = torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e30]], device=DEVICE)
+    torch.testing.assert_close(silu_and_mul(x), expected, rtol=1e-6, atol=1e-5)
+
+
+def angles(max_positions: int, rotary_dim: int) -> Tensor:
+    rates = 10000.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    phase = torch.arange(max_positions).double().unsqueeze(1) * rates
+    return torch.cat((phase.cos(), phase.sin()), dim=1).float()
+
+
+def moved(batch: StepBatch) -> StepBatch:
+    """Bring a batch to the device."""
+    tensors = {x.name: getattr(batch, x.name).to(DEVICE) for x in dataclasses.fields(batch)}
+    return StepBatch(**tensors)
+
+
+def moved_pages(pages: KVPages) -> KVPages:
+    """Bring pages to the device."""
+    tensors = {x.name: getattr(pages, x.name) for x in dataclasses.fields(pages)}
+    return KVPages(**{k: None if x is None else x.to(DEVICE) for k, x in tensors.items()})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Arguments of one call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    table: Tensor
+    pages: KVPages
+    batch: StepBatch
+
+    @classmethod
+    def make(
+        cls,
+        dtype: torch.dtype,
+        page_dtype: torch.dtype,
+        *,
+        query_lens: list[int],
+        head_dim: int = 64,
+        rotary_dim: int = 64,
+        num_heads: int = 9,
+        num_kv_heads: int = 2,
+    ) -> Case:
+        """Build views of one fused projection, as the model has them."""
+        seq_lens = [n + 3 for n in query_lens]
+        num_tokens, total = sum(query_lens), num_heads + 2 * num_kv_heads
+        heads = torch.randn(num_tokens, total, head_dim, device=DEVICE).to(dtype)
+        shape = (num_blocks(seq_lens, 16), num_kv_heads, 16, head_dim)
+        return cls(
+            query=heads[:, :num_heads],
+            key=heads[:, num_heads : num_heads + num_kv_heads],
+            value=heads[:, num_heads + num_kv_heads :],
+            table=angles(max(seq_lens), rotary_dim).to(DEVICE),
+            pages=moved_pages(poisoned_pages(shape, page_dtype)),
+            batch=moved(make_batch(query_lens, seq_lens)),
+        )
+
+    def copy(self) -> Case:
+        """Return the same arguments in their own memory."""
+        tensors = {x.name: getattr(self.pages, x.name) for x in dataclasses.fields(self.pages)}
+        pages = KVPages(**{k: None if x is None else x.clone() for k, x in tensors.items()})
+        return dataclasses.replace(self, query=self.query.clone(), pages=pages)
+
+    def run(self) -> None:
+        """Call the kernel."""
+        rope_and_write_kv(
+            self.query, self.key, self.value, self.table, self.pages, self.batch
+        )
+
+    def run_reference(self) -> None:
+        """Call the reference."""
+        rope_reference.rope_and_write_kv(
+            self.query, self.key, self.value, self.table, self.pages, self.batch
+        )
+
+
+@pytest.mark.parametrize("page_dtype", [*DTYPES, FP8_DTYPE])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (20, 12)])
+def test_queries_and_pages_are_the_references(
+    dtype: torch.dtype, page_dtype: torch.dtype, head_dim: int, rotary_dim: int
+) -> None:
+    case = Case.make(dtype, page_dtype, query_lens=[1, 4], head_dim=head_dim, rotary_dim=rotary_dim)
+    case.batch.slot_mapping[2] = -1
+    other = case.copy()
+    case.run()
+    other.run_reference()
+    assert_close(case.query, other.query.double(), dtype)
+    # Values are not rotated: they are the same, bit for bit, NaN of what nothing wrote included.
+    bits = torch.uint8
+    assert torch.equal(case.pages.value.view(bits), other.pages.value.view(bits))
+    if page_dtype == FP8_DTYPE:
+        for got, expected in (
+            (case.pages.value_scale, other.pages.value_scale),
+            (case.pages.key_scale, other.pages.key_scale),
+        ):
+            assert got is not None
+            assert expected is not None
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=0, equal_nan=True)
+        # A rotation that was rounded otherwise may move a key to the next code: 1/8 of it.
+        rtol = 0.126
+    else:
+        rtol = 1.01 * max(ULP[page_dtype], ULP[torch.float32])
+    torch.testing.assert_close(
+        case.pages.key.double(), other.pages.key.double(), rtol=rtol, atol=2e-6, equal_nan=True
+    )
+
+
+def test_a_token_has_the_same_bits_in_any_company() -> None:
+    case = Case.make(torch.float32, FP8_DTYPE, query_lens=[6])
+    alone = case.copy()
+    case.run()
+    for i in range(6):
+        one = dataclasses.replace(
+            alone.batch,
+            positions=alone.batch.positions[i : i + 1],
+            slot_mapping=alone.batch.slot_mapping[i : i + 1],
+        )
+        row = slice(i, i + 1)
+        rope_and_write_kv(
+            alone.query[row], alone.key[row], alone.value[row], alone.table, alone.pages, one
+        )
+    assert torch.equal(case.query, alone.query)
+    assert torch.equal(case.pages.key.view(torch.uint8), alone.pages.key.view(torch.uint8))
+
+
+def test_places_outside_the_pages_and_the_table_touch_nothing() -> None:
+    case = Case.make(torch.float32, torch.float32, query_lens=[3])
+    case.batch.slot_mapping[:] = torch.tensor([-1, case.pages.key.shape[0] * 16, 1 << 40])
+    case.batch.positions[2] = 1 << 40
+    case.run()
+    assert case.pages.key.isnan().all()
+    assert case.pages.value.isnan().all()
+    assert not case.query.isnan().any()
+
+
+def fp8_round_trip(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Store rows, [num_rows, head_dim], as values of one head; return codes and scales."""
+    num_rows, head_dim = values.shape
+    pages = moved_pages(poisoned_pages((num_rows, 1, 1, head_dim), FP8_DTYPE))
+    batch = dataclasses.replace(
+        make_batch([num_rows], [num_rows], block_size=1), slot_mapping=torch.arange(num_rows)
+    )
+    value = values.unsqueeze(1).to(DEVICE)
+    table = angles(num_rows, 2).to(DEVICE)
+    rope_and_write_kv(value.clone(), value, value, table, pages, moved(batch))
+    assert pages.value_scale is not None
+    return pages.value.view(num_rows, head_dim).cpu(), pages.value_scale.view(num_rows).cpu()
+
+
+def test_every_fp8_code_survives_a_round_trip() -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).float()
+    numbers[numbers.isnan()] = 0.0  # 0x7f and 0xff
+    got, scale = fp8_round_trip(numbers.unsqueeze(0))
+    assert scale.tolist() == [1.0]  # the largest code is 448
+    assert torch.equal(got[0].float(), numbers)
+    assert torch.equal(got[0].float().signbit()[1:127], numbers.signbit()[1:127])
+
+
+def test_fp8_rounds_to_nearest_even_as_torch_does() -> None:
+    between = torch.arange(127, dtype=torch.uint8).view(FP8_DTYPE).float()
+    middles = (between[1:] + between[:-1]) / 2
+    nudged = torch.cat((middles, middles * (1 + 1e-6), middles * (1 - 1e-6), -middles))
+    values = torch.cat((nudged, torch.tensor([448.0]))).unsqueeze(0)
+    got, _ = fp8_round_trip(values)
+    assert torch.equal(got.float(), values.to(FP8_DTYPE).float())
+
+
+def test_fp8_scales_follow_the_largest_magnitude() -> None:
+    values = torch.randn(20, 24) * torch.logspace(-20, 20, 20).unsqueeze(1)
+    values[7] = 0.0
+    got, scale = fp8_round_trip(values)
+    amax = values.abs().amax(dim=1).clamp(min=MIN_AMAX)
+    assert torch.equal(scale, amax / 448)
+    assert got[7].float().abs().max() == 0
+    is_scaled = values.abs().amax(dim=1) > MIN_AMAX
+    assert bool((got[is_scaled].float().abs().amax(dim=1) == 448).all())
+
+
+def test_a_nan_stays_one() -> None:
+    values = torch.randn(2, 16)
+    values[0, 3] = torch.nan
+    got, scale = fp8_round_trip(values)
+    assert (got.float() * scale.unsqueeze(1))[0].isnan().any()
+    assert not (got.float() * scale.unsqueeze(1))[1].isnan().any()
