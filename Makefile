@@ -6,7 +6,7 @@ PROTOS := $(shell find protos -name '*.proto')
 PROMPT ?= What is the capital of France?
 MODEL ?= smollm2-135m
 
-.PHONY: run serve test test-long check format protos bench clean
+.PHONY: run serve test test-long kernels-compile check format protos bench clean
 
 # One stamp a set of extras, so that `make run` does not wait for the developers' tools.
 $(VENV)/.run: pyproject.toml
@@ -31,6 +31,10 @@ test: $(VENV)/.dev
 test-long: $(VENV)/.dev
 	$(BIN)/stepwire pull $(MODEL)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# Every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU.
+kernels-compile: $(VENV)/.dev
+	$(BIN)/python -m stepwire_executor.kernels.compile_gate
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

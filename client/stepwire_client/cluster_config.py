@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtype: TypeAlias = Literal["auto", "fp8"]
-KernelChoice: TypeAlias = Literal["auto", "native", "reference"]
+KernelChoice: TypeAlias = Literal["auto", "native", "triton", "reference"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 

@@ -15,7 +15,7 @@ ENVIRONMENT_PREFIX = "STEPWIRE_EXECUTOR_"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtypeName = Literal["auto", "fp8"]
-KernelsName = Literal["auto", "native", "reference"]
+KernelsName = Literal["auto", "native", "triton", "reference"]
 LoadFormat = Literal["auto", "dummy"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -147,7 +147,7 @@ class ExecutorConfig:
     kernels: KernelsName = field(
         default="auto",
         metadata=_setting(
-            _one_of("auto", "native", "reference"),
+            _one_of("auto", "native", "triton", "reference"),
             "which kernels to run; auto takes the fastest that work here",
             metavar="NAME",
         ),
@@ -204,6 +204,10 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_OTHER_FLAGS = {"kernels": ("--attention-backend",)}
+"""Names that flags have elsewhere, by setting."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
         prog="python -m stepwire_executor",
@@ -221,7 +225,13 @@ def _parser() -> argparse.ArgumentParser:
                 _flag(each.name), action="store_const", const="true", help=help_text
             )
         else:
-            parser.add_argument(_flag(each.name), metavar=each.metadata["metavar"], help=help_text)
+            parser.add_argument(
+                _flag(each.name),
+                *_OTHER_FLAGS.get(each.name, ()),
+                dest=each.name,
+                metavar=each.metadata["metavar"],
+                help=help_text,
+            )
     return parser
 
 

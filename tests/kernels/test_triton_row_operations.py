@@ -55,9 +55,7 @@ def test_the_residual_is_summed_in_place_and_then_normalised(dtype: torch.dtype)
     assert_close(got, normalised(total, weight), dtype)
     # Rows of a wider tensor, with a residual of its own layout.
     wide, residual = torch.cat((x, x), dim=-1), torch.zeros_like(x)
-    assert torch.equal(
-        rms_norm(wide[..., 50:], weight, 1e-5, residual), rms_norm(x, weight, 1e-5)
-    )
+    assert torch.equal(rms_norm(wide[..., 50:], weight, 1e-5, residual), rms_norm(x, weight, 1e-5))
     assert torch.equal(residual, x)
 
 
@@ -160,9 +158,7 @@ class Case:
 
     def run(self) -> None:
         """Call the kernel."""
-        rope_and_write_kv(
-            self.query, self.key, self.value, self.table, self.pages, self.batch
-        )
+        rope_and_write_kv(self.query, self.key, self.value, self.table, self.pages, self.batch)
 
     def run_reference(self) -> None:
         """Call the reference."""

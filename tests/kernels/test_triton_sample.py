@@ -75,9 +75,7 @@ def draw(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     }
     moved = dataclasses.replace(batch, **tensors)
     out = sample_triton.sample(logits.clone().to(DEVICE), moved)
-    return dataclasses.replace(
-        out, token_ids=out.token_ids.cpu(), is_finite=out.is_finite.cpu()
-    )
+    return dataclasses.replace(out, token_ids=out.token_ids.cpu(), is_finite=out.is_finite.cpu())
 
 
 def assert_draws_as_the_reference(logits: Tensor, batch: SamplingBatch) -> None:
@@ -127,14 +125,14 @@ LIMITS = [
 
 
 @pytest.mark.parametrize("has_ties", [False, True])
-@pytest.mark.parametrize("vocab_size", [12, 700, 5000])
+@pytest.mark.parametrize("vocab_size", [12, 1500])
 def test_every_limit_draws_as_the_reference(vocab_size: int, has_ties: bool) -> None:
-    spread = 5.0 if vocab_size == 700 else 1.0
+    spread = 5.0 if has_ties else 1.0
     logits = torch.randn(len(LIMITS), vocab_size) * spread
     if has_ties:
         logits = torch.round(logits * 4) / 4
     top_k, top_p, min_p = (list(column) for column in zip(*LIMITS, strict=True))
-    for seed in range(3):
+    for seed in range(2):
         batch = sampling_batch(
             len(LIMITS), temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p,
             seeds=[seed * 100 + i for i in range(len(LIMITS))],
@@ -143,7 +141,7 @@ def test_every_limit_draws_as_the_reference(vocab_size: int, has_ties: bool) -> 
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     row=st.lists(st.sampled_from([-1e30, -5.0, -1.0, 0.0, 0.5, 2.0]), min_size=1, max_size=80),
     temperature=st.sampled_from([1e-30, 0.1, 1.0, 50.0]),
@@ -154,31 +152,15 @@ def test_every_limit_draws_as_the_reference(vocab_size: int, has_ties: bool) -> 
 def test_rows_of_ties_draw_as_the_reference(
     row: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    logits = torch.tensor(row).expand(4, -1).contiguous()
-    batch = sampling_batch(4, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits = torch.tensor(row).unsqueeze(0)
+    batch = sampling_batch(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert_draws_as_the_reference(logits, batch)
-
-
-def kept(row: Tensor, **parameters: float) -> set[int]:
-    """Tokens that may be drawn, from the reference's scores."""
-    batch = sampling_batch(1, **parameters)  # type: ignore[arg-type] # by keyword
-    scores = reference.scaled_scores(row.unsqueeze(0), batch, torch.tensor([0]))
-    return set(torch.nonzero(scores[0] > -torch.inf).squeeze(1).tolist())
-
-
-@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(3, 1.0, 0.0), (0, 0.6, 0.0), (5, 0.9, 0.2)])
-def test_exactly_the_allowed_tokens_are_drawn(top_k: int, top_p: float, min_p: float) -> None:
-    row = torch.randint(0, 3, (9,)).float() * 0.7
-    limits = {"temperature": 1.3, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    batch = sampling_batch(150, **limits)  # type: ignore[arg-type] # by keyword
-    drawn = draw(row.expand(150, -1).contiguous(), batch).token_ids
-    assert set(drawn.tolist()) == kept(row, **limits)
 
 
 def test_a_row_draws_the_same_token_in_any_company() -> None:
     parameters = list(itertools.product([0.0, 0.7], [0, 50], [1.0, 0.9], [0.0, 0.02]))
     num_rows = len(parameters)
-    logits = torch.randn(num_rows, 5000)
+    logits = torch.randn(num_rows, 4200)
     columns = [list(column) for column in zip(*parameters, strict=True)]
 
     def ids(rows: list[int]) -> list[int]:

@@ -31,7 +31,7 @@ MODULES = tuple(
         "rope_and_write_kv",
         "linear",
         "sample",
-        # "paged_attention",
+        "paged_attention",
     )
 )
 """Where COMPILE_CASES are."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +26,7 @@ from stepwire_executor.kernels.sample.reference import sample
 from stepwire_executor.kernels.silu_and_mul.cpu import make_silu_and_mul
 from stepwire_executor.kernels.silu_and_mul.reference import silu_and_mul
 
-KernelBackend = Literal["auto", "native", "reference"]
+KernelBackend = Literal["auto", "native", "triton", "reference"]
 
 _log = structlog.get_logger(__name__)
 
@@ -34,11 +36,22 @@ def select_kernels(
 ) -> Kernels:
     """Return the operations to use on device.
 
-    "auto" takes the native kernels on a CPU and falls back to the torch references with one
-    warning where they cannot be built; "native" raises KernelBuildError instead. cache_dir holds
-    compiled code, by default the native folder of $STEPWIRE_CACHE.
+    "auto" takes the Triton kernels on CUDA and the native ones on a CPU, and falls back to the
+    torch references with one warning where those cannot be built; "native" and "triton" raise
+    KernelBuildError instead. On a CPU "triton" needs TRITON_INTERPRET=1, for tests. cache_dir
+    holds native code, by default the native folder of $STEPWIRE_CACHE.
     """
-    if backend == "reference" or (backend == "auto" and device.type != "cpu"):
+    if backend == "reference":
+        return reference_kernels()
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        problem = _why_not_triton(device)
+        if problem is None:
+            return triton_kernels()
+        if backend == "triton":
+            raise KernelBuildError(problem)
+        _log.warning("triton kernels unavailable; slow torch references in use", reason=problem)
+        return reference_kernels()
+    if backend == "auto" and device.type != "cpu":
         return reference_kernels()
     if device.type != "cpu":
         raise KernelBuildError(f"the native kernels run on the CPU only, not on {device}")
@@ -49,6 +62,41 @@ def select_kernels(
             raise
         _log.warning("native kernels unavailable; slow torch references in use", reason=str(error))
         return reference_kernels()
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """Return why the Triton kernels cannot run on device, with the fix; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton kernels need the package triton: pip install triton"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return (
+        f"the triton kernels run on CUDA devices, not on {device}: use --kernels native, or set "
+        "TRITON_INTERPRET=1 to have them interpreted, slowly"
+    )
+
+
+def triton_kernels() -> Kernels:
+    """Return the Triton kernels, for a CUDA device or for Triton's interpreter."""
+    # Imported on demand: a machine without a GPU need not have triton.
+    from stepwire_executor.kernels.linear import triton as linear_triton
+    from stepwire_executor.kernels.paged_attention import triton as attention_triton
+    from stepwire_executor.kernels.rms_norm import triton as norm_triton
+    from stepwire_executor.kernels.rope_and_write_kv import triton as rope_triton
+    from stepwire_executor.kernels.sample import triton as sample_triton
+    from stepwire_executor.kernels.silu_and_mul import triton as silu_triton
+
+    return Kernels(
+        name="triton",
+        is_row_invariant=True,
+        rms_norm=norm_triton.rms_norm,
+        rope_and_write_kv=rope_triton.rope_and_write_kv,
+        paged_attention=attention_triton.paged_attention,
+        silu_and_mul=silu_triton.silu_and_mul,
+        pack_weight=linear_triton.pack_weight,
+        linear=linear_triton.linear,
+        sample=sample_triton.sample,
+    )
 
 
 def reference_kernels() -> Kernels:

@@ -108,6 +108,11 @@ def test_settings_that_contradict_each_other_are_refused(argv: list[str], reason
         parse_config(["--model", "m", *argv], {})
 
 
+@pytest.mark.parametrize("flag", ["--kernels", "--attention-backend"])
+def test_kernels_go_by_two_names(flag: str) -> None:
+    assert parse_config(["--model", "m", flag, "triton"], {}).kernels == "triton"
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:1", "[::1]:1", "127.9.9.9:1"])
 def test_loopback_needs_no_permission(listen: str) -> None:
     assert parse_config(["--model", "m", "--listen", listen], {}).listen == listen

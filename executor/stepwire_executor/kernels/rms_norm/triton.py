@@ -66,9 +66,7 @@ def _rows(x: Tensor) -> _Rows | None:
     """Describe x, [..., size]; None where its rows do not lie in a grid of two strides."""
     size = x.shape[-1]
     if x.is_contiguous():
-        return _Rows(
-            num_outer=x.numel() // size, num_inner=1, outer_stride=size, inner_stride=size
-        )
+        return _Rows(num_outer=x.numel() // size, num_inner=1, outer_stride=size, inner_stride=size)
     if x.stride(-1) != 1 or x.ndim > 3:
         return None
     if x.ndim == 3:
@@ -159,8 +157,13 @@ def _case(size: int, dtype: torch.dtype, *, has_residual: bool) -> CompileCase:
         num_warps=_num_warps(block_size),
         num_stages=1,
         divisible_by_16=frozenset(
-            {"x_outer_stride", "x_inner_stride", "residual_outer_stride",
-             "residual_inner_stride", "size"}
+            {
+                "x_outer_stride",
+                "x_inner_stride",
+                "residual_outer_stride",
+                "residual_inner_stride",
+                "size",
+            }
         ),  # fmt: skip
         expect=frozenset({"vector_loads"} if size >= 1024 else ()),
     )

@@ -108,9 +108,7 @@ def largest_logit_kernel(
 ):
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(
-        logits_ptr + row * logits_stride + ids, mask=ids < vocab_size, other=float("-inf")
-    )
+    x = tl.load(logits_ptr + row * logits_stride + ids, mask=ids < vocab_size, other=float("-inf"))
     x = tl.where(x == x, x, float("inf"))
     largest = tl.max(x, axis=0)
     tl.store(largest_ptr + row * num_chunks + chunk, largest)
@@ -191,9 +189,7 @@ def _mass_before(
 
 
 @triton.jit
-def _last_tie(
-    row_ptr, vocab_size, largest, temperature, limit_key, num_ties, BLOCK: tl.constexpr
-):
+def _last_tie(row_ptr, vocab_size, largest, temperature, limit_key, num_ties, BLOCK: tl.constexpr):
     """Return the id of the num_ties-th token whose key is limit_key, or of the last."""
     seen = tl.full((), 0, tl.int32)
     last = tl.full((), -1, tl.int32)
@@ -257,9 +253,7 @@ def limits_kernel(
             )  # fmt: skip
             num_ties = top_k - num_before.to(tl.int32)
         if top_p < 1.0:
-            mass = _mass_before(
-                row_ptr, vocab_size, largest, temperature, min_p, limit_key, BLOCK
-            )
+            mass = _mass_before(row_ptr, vocab_size, largest, temperature, min_p, limit_key, BLOCK)
             # Those that tie at the top-k limit count as many times as they stay.
             limit_weight = tl.exp(-(tl.minimum(limit_key, 0x7F800000).to(tl.float32, bitcast=True)))
             limit_weight = tl.where(limit_weight >= min_p, limit_weight, 0.0)
@@ -363,7 +357,9 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     """
     num_rows, vocab_size = logits.shape
     if logits.dtype != torch.float32 or logits.stride(1) != 1 or vocab_size == 0:
-        raise ValueError("logits must be float32 with unit stride in a vocabulary that is not empty")
+        raise ValueError(
+            "logits must be float32 with unit stride in a vocabulary that is not empty"
+        )
     for parameter, dtype in (
         (batch.temperature, torch.float32),
         (batch.top_k, torch.int32),
