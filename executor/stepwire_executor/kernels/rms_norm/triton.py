@@ -164,7 +164,7 @@ def _case(size: int, dtype: torch.dtype, *, has_residual: bool) -> CompileCase:
                 "residual_inner_stride",
                 "size",
             }
-        ),  # fmt: skip
+        ),
         expect=frozenset({"vector_loads"} if size >= 1024 else ()),
     )
 
