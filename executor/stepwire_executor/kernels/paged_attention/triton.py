@@ -174,7 +174,6 @@ def paged_attention(
     return out
 
 
-
 @functools.cache
 def _device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     """Return a device's compute capability and number of multiprocessors."""

@@ -40,9 +40,7 @@ def _attention_cases(
 ) -> list[CompileCase]:
     """Both kernels, of 8 KV heads and groups of 4, with bfloat16 queries."""
     is_fp8 = page == "fp8e4nv"
-    config = choose_config(
-        divmod(capability, 10), head_dim=head_dim, dot_dtype=torch.float16
-    )
+    config = choose_config(divmod(capability, 10), head_dim=head_dim, dot_dtype=torch.float16)
     signature = {
         "query_ptr": "*bf16",
         "out_ptr": "*bf16",
@@ -73,9 +71,7 @@ def _attention_cases(
             name=f"{name}_{suffix}",
             kernel=kernel,
             signature=signature | extra_signature,
-            constexprs=constexprs
-            | extra
-            | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+            constexprs=constexprs | extra | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             min_capability=capability,

@@ -59,7 +59,7 @@ def combine_splits_kernel(
     weighted = tl.zeros([1, BLOCK_D], tl.float32)
     base = (row.to(tl.int64) * NUM_HEADS + head) * max_splits
     lane = tl.arange(0, 1)
-    for split in range(0, num_splits):
+    for split in range(num_splits):
         place = base + split + lane
         split_weighted = tl.load(
             split_weighted_ptr + place[:, None] * HEAD_DIM + dims[None, :], mask=is_used, other=0.0
@@ -75,6 +75,4 @@ def combine_splits_kernel(
     result = finish_rows(total, weighted, IS_SCALED)
     token = (query_start + row - row_start).to(tl.int64)
     target = (token * NUM_HEADS + head) * HEAD_DIM + dims
-    tl.store(
-        out_ptr + target[None, :], result.to(out_ptr.dtype.element_ty), mask=is_used
-    )
+    tl.store(out_ptr + target[None, :], result.to(out_ptr.dtype.element_ty), mask=is_used)

@@ -36,9 +36,7 @@ def load_decode_lengths(
 
 
 @triton.jit
-def find_splits(
-    query_len, seq_len, window, HAS_WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr
-):
+def find_splits(query_len, seq_len, window, HAS_WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr):
     """First split that a sequence's queries see, and the number of splits from there on."""
     first = first_key(seq_len - query_len, window, HAS_WINDOW) // SPLIT_TOKENS
     return first, (seq_len + SPLIT_TOKENS - 1) // SPLIT_TOKENS - first
@@ -98,9 +96,7 @@ def decode_attention_kernel(
     cu_work = tl.cumsum(work, axis=0)
     dims = tl.arange(0, BLOCK_D)
 
-    for item in range(
-        tl.program_id(0), tl.sum(work, axis=0) * NUM_KV_HEADS, tl.num_programs(0)
-    ):
+    for item in range(tl.program_id(0), tl.sum(work, axis=0) * NUM_KV_HEADS, tl.num_programs(0)):
         kv_head = item % NUM_KV_HEADS
         place = item // NUM_KV_HEADS
         seq = tl.sum((cu_work <= place).to(tl.int32), axis=0)
@@ -111,9 +107,7 @@ def decode_attention_kernel(
         query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - query_start
         seq_len = tl.load(seq_lens_ptr + seq)
         table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
-        first_split, seq_splits = find_splits(
-            query_len, seq_len, window, HAS_WINDOW, SPLIT_TOKENS
-        )
+        first_split, seq_splits = find_splits(query_len, seq_len, window, HAS_WINDOW, SPLIT_TOKENS)
         split = place % seq_splits
 
         packed = (place // seq_splits) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -28,8 +28,7 @@ def first_key(first_position, window, HAS_WINDOW: tl.constexpr):
     """First position that a query at first_position sees."""
     if HAS_WINDOW:
         return tl.maximum(first_position - window + 1, 0)
-    else:
-        return first_position * 0
+    return first_position * 0
 
 
 @triton.jit
@@ -65,8 +64,7 @@ def load_query(
         scale = (exponent << 23).to(tl.float32, bitcast=True)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         return (wide * inverse[:, None]).to(DOT_DTYPE), scale
-    else:
-        return query.to(DOT_DTYPE), tl.full([query.shape[0]], 1.0, tl.float32)
+    return query.to(DOT_DTYPE), tl.full([query.shape[0]], 1.0, tl.float32)
 
 
 @triton.jit
