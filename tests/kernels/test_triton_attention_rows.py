@@ -18,10 +18,10 @@ class Rows:
 
     def __init__(self, dtype: torch.dtype, page_dtype: torch.dtype) -> None:
         self.page_dtype = page_dtype
-        self.seq_lens = [1030, 530, 64, 17]
-        self.keys = [torch.randn(n, 2, 32) for n in self.seq_lens]
-        self.values = [torch.randn(n, 2, 32) for n in self.seq_lens]
-        self.queries = [torch.randn(n, 6, 32).to(dtype) for n in self.seq_lens]
+        self.seq_lens = [1030, 530, 17]
+        self.keys = [torch.randn(n, 1, 32) for n in self.seq_lens]
+        self.values = [torch.randn(n, 1, 32) for n in self.seq_lens]
+        self.queries = [torch.randn(n, 3, 32).to(dtype) for n in self.seq_lens]
 
     def attend(
         self,
@@ -65,10 +65,10 @@ def rows(request: pytest.FixtureRequest) -> Rows:
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(rows: Rows, window: int | None) -> None:
     chunks = [(i, n - 1, n) for i, n in enumerate(rows.seq_lens)]
     alone = [rows.attend([chunk], window=window, max_query_len=1)[0] for chunk in chunks]
-    together = rows.attend([*chunks * 2, (2, 0, 40)], seed=1, window=window)
+    together = rows.attend([*chunks, (2, 0, 17), *chunks], seed=1, window=window)
     for i, expected in enumerate(alone):
         assert torch.equal(together[i], expected)
-        assert torch.equal(together[i + len(chunks)], expected)
+        assert torch.equal(together[i + len(chunks) + 1], expected)
 
 
 @pytest.mark.parametrize(("size", "window"), [(1, None), (5, 100), (9, None), (10, 100)])
@@ -76,7 +76,7 @@ def test_a_row_has_the_same_bits_however_its_prompt_is_cut(
     rows: Rows, size: int, window: int | None
 ) -> None:
     """Chunks of up to 8 tokens are decoded, longer ones are prefilled."""
-    begin, end = 506, 518
+    begin, end = 507, 517
     whole = rows.attend([(1, begin, end)], window=window)[0]
     for first in range(begin, end, size):
         last = min(first + size, end)
@@ -87,7 +87,7 @@ def test_a_row_has_the_same_bits_however_its_prompt_is_cut(
 def test_a_row_has_the_same_bits_wherever_its_blocks_lie(rows: Rows) -> None:
     for chunk in ((0, 1029, 1030), (1, 510, 520)):
         expected = rows.attend([chunk])[0]
-        for block_size in (8, 16, 64):
+        for block_size in (8, 64):
             assert torch.equal(rows.attend([chunk], seed=1, block_size=block_size)[0], expected)
 
 
