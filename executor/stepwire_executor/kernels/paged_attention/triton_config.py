@@ -60,7 +60,12 @@ def _config(
 # memory while it multiplies, and computes a row with the very instructions of prefill.
 # Tiles of 64 tokens at head_dim 128 spill 4 to 250 bytes a thread on sm_90, more elsewhere.
 _SMALL = _config(block_m=(64, 64), block_n=32, num_warps=(8, 8), num_stages=2)
-_DEFAULT = {64: _SMALL, 128: _SMALL, 256: _SMALL}
+_DEFAULT = {
+    # 256 threads read 64 tokens of 64 bytes 16 bytes at a time, but 32 tokens only 8.
+    64: _config(block_m=(64, 64), block_n=64, num_warps=(8, 8), num_stages=2),
+    128: _SMALL,
+    256: _SMALL,
+}
 _BY_CAPABILITY = {
     (9, 0): {
         64: _config(block_m=(64, 128), block_n=64, num_warps=(4, 8), num_stages=3),
