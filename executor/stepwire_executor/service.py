@@ -251,6 +251,8 @@ class ExecutorService(ExecutorServiceServicer):
         except StreamEnd as end:
             self._compute.submit(lambda end=end: stream.post_end(end))  # type: ignore[misc]
         except Exception:
+            if stream.is_closed:
+                return  # ended by this side: grpc.aio raises in who still reads
             _log.exception("read_failed", epoch=stream.epoch)
             stream.end(StreamEnd(grpc.StatusCode.INTERNAL, "the stream could not be read"))
         else:

@@ -214,6 +214,7 @@ async def test_describe_answers_while_a_step_runs() -> None:
         stream = await opened_stream(rank)
         with held_steps(rank) as held:
             await stream.send(first_step())
+            await held.entered()
             described = await asyncio.wait_for(rank.describe(), 5)
             assert described.load_state == LoadState.LOAD_STATE_READY
             held.release()
@@ -269,6 +270,7 @@ async def test_a_newer_epoch_ends_the_older_stream_and_drops_its_plans() -> None
         older = await opened_stream(rank, 1)
         with held_steps(rank) as held:
             await older.send(first_step())
+            await held.entered()  # a step under way is not dropped
             await older.send(step(1, 2, {0: 1}))
             newer = await open_stream(rank, 2)
             code, details = await older.status()
