@@ -242,3 +242,23 @@ def test_stop_tokens_are_suppressed_until_min_tokens() -> None:
     planner = make_planner()
     submit(planner, range(1, 5), min_tokens=2, stop_token_ids=frozenset({5}))
     assert step(planner).admissions[0].suppressed_token_ids == (0, 5)
+
+
+def test_a_block_that_is_not_full_is_not_shared() -> None:
+    planner = make_planner(max_num_batched_tokens=6)
+    first = submit(planner, range(1, 13))[0]
+    step(planner)  # six tokens: one block and a half
+    planner.finish(first, FinishReason.CANCELLED)
+    second = submit(planner, range(1, 13), request_id="b")[0]
+    step(planner)
+    assert second.num_cached_tokens == 4
+
+
+def test_a_block_that_lacks_its_last_token_is_not_shared() -> None:
+    planner = make_planner()
+    first = submit(planner, [1, 2, 3])[0]
+    step(planner, token_id=7)  # the block's fourth token is known, its KV is not
+    planner.finish(first, FinishReason.CANCELLED)
+    second = submit(planner, [1, 2, 3, 7, 9], request_id="b")[0]
+    step(planner)
+    assert second.num_cached_tokens == 0
