@@ -174,7 +174,6 @@ def sampling(kernels: Kernels) -> dict[str, Any]:
                 seeds=torch.arange(rows),
                 positions=torch.arange(rows),
                 streams=torch.zeros(rows, dtype=torch.int64),
-                num_logprobs=(-1,) * rows,
             )
             logits = torch.randn(rows, VOCAB) * 3
             figures[f"{name}, rows {rows}"] = measure(

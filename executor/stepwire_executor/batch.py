@@ -29,3 +29,5 @@ class StepBatch:
     """[num_seqs, max_blocks] int32, -1 padded."""
     logit_rows: Tensor
     """[num_logit_rows] int64, query rows whose logits are wanted."""
+    max_query_len: int | None = None
+    """Most query tokens of a sequence, where known without asking the device."""

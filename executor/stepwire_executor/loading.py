@@ -13,6 +13,7 @@ import torch
 from stepwire.executor.v1.executor_pb2 import Admission, SamplingParams, StepPlan
 
 from stepwire_executor.config import ExecutorConfig
+from stepwire_executor.engine.host import HostEngine
 from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.host import available_memory_bytes, usable_cores
 from stepwire_executor.kernels import select_kernels
@@ -86,7 +87,14 @@ def load_runner(
         block_size=config.block_size,
         vocab_size=model.config.vocab_size,
     )
-    runner = Runner(decoder=model.decoder, sample=kernels.sample, cache=cache, slots=slots)
+    engine = HostEngine(
+        decoder=model.decoder,
+        sample=kernels.sample,
+        cache=cache,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=model.config.vocab_size,
+    )
+    runner = Runner(engine=engine, slots=slots)
     on_progress("warm up", 0.95)
     _warm_up(runner)
     # The model's objects live as long as the process: keep the collector off them.

@@ -50,14 +50,23 @@ class _LoadCancelledError(Exception):
 
 
 async def serve(config: ExecutorConfig) -> int:
-    """Run until SIGTERM, SIGINT or a failed load; return the exit status.
+    """Run until SIGTERM, SIGINT, a failed load or a broken device; return the exit status.
 
     Prints one line, `listening on HOST:PORT`, once the server is up and before the load.
     Raises ListenError where the address cannot be had.
     """
     loop = asyncio.get_running_loop()
     compute, load = ComputeThread(), LoadStatus()
-    service = ExecutorService(compute=compute, load=load, instance_id=uuid.uuid4().hex)
+    stopped = asyncio.Event()
+    broken: list[str] = []
+
+    def on_broken(reason: str) -> None:
+        broken.append(reason)
+        loop.call_soon_threadsafe(stopped.set)
+
+    service = ExecutorService(
+        compute=compute, load=load, instance_id=uuid.uuid4().hex, on_broken=on_broken
+    )
     health = health_aio.HealthServicer()
     server = aio.server(options=_SERVER_OPTIONS)
     add_ExecutorServiceServicer_to_server(service, server)
@@ -75,7 +84,6 @@ async def serve(config: ExecutorConfig) -> int:
     if not config.is_loopback:
         _log.warning("insecure_listen", listen=config.listen, detail="peers are not authenticated")
 
-    stopped = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopped.set)
     loaded: asyncio.Future[Exception | None] = loop.create_future()
@@ -100,6 +108,10 @@ async def serve(config: ExecutorConfig) -> int:
         if error is None:
             await health.set(SERVICE_NAME, HealthCheckResponse.SERVING)
             await stopped.wait()
+            if broken:
+                # Whoever supervises starts a process whose device works.
+                status = 1
+                _log.error("device_broken", reason=broken[0])
         else:
             status = 1
             _report_failure(error, load)

@@ -11,7 +11,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import structlog
@@ -37,6 +38,24 @@ MAX_OUTSTANDING_PLANS = 8
 """Plans of a stream that are read and not yet answered; more wait in the transport."""
 
 _log: Any = structlog.get_logger("stepwire_executor.service")
+_Outcome = TypeVar("_Outcome")
+
+
+class PendingStep(Protocol):
+    """A step that may still run."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether finish will not wait."""
+        ...
+
+    def wait(self) -> None:
+        """Block until the step has run; from any thread."""
+        ...
+
+    def finish(self) -> StepResult:
+        """Make the result; in the order of launches."""
+        ...
 
 
 class StepRunner(Protocol):
@@ -46,8 +65,12 @@ class StepRunner(Protocol):
         """Empty every slot."""
         ...
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step; raises PlanError."""
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start one step; raises PlanError."""
+        ...
+
+    def check(self) -> None:
+        """Raise RuntimeError where no further step can run in this process."""
         ...
 
 
@@ -104,11 +127,20 @@ class _EpochStream:
 class ExecutorService(ExecutorServiceServicer):
     """Serves one rank."""
 
-    def __init__(self, *, compute: ComputeThread, load: LoadStatus, instance_id: str) -> None:
+    def __init__(
+        self,
+        *,
+        compute: ComputeThread,
+        load: LoadStatus,
+        instance_id: str,
+        on_broken: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         """Serve with nothing loaded yet.
 
-        instance_id: changes with every start of the process.
+        instance_id: changes with every start of the process. on_broken: told, on the compute
+        thread, why no further step can run in this process.
         """
+        self._on_broken = on_broken
         self._compute = compute
         self._load = load
         self._instance_id = instance_id
@@ -129,7 +161,7 @@ class ExecutorService(ExecutorServiceServicer):
             stream.is_closed = True
             end = StreamEnd(grpc.StatusCode.UNAVAILABLE, "the executor is stopping")
             # Behind the step in flight, whose result still goes out.
-            self._compute.submit(lambda: stream.post_end(end))
+            self._compute.submit_last(lambda: stream.post_end(end))
 
     async def Describe(
         self, request: DescribeRequest, context: grpc.ServicerContext
@@ -249,7 +281,7 @@ class ExecutorService(ExecutorServiceServicer):
                 await stream.room.acquire()
                 self._submit(runner, stream, request.step_plan, received_s)
         except StreamEnd as end:
-            self._compute.submit(lambda end=end: stream.post_end(end))  # type: ignore[misc]
+            self._compute.submit_last(partial(stream.post_end, end))
         except Exception:
             if stream.is_closed:
                 return  # ended by this side: grpc.aio raises in who still reads
@@ -257,31 +289,57 @@ class ExecutorService(ExecutorServiceServicer):
             stream.end(StreamEnd(grpc.StatusCode.INTERNAL, "the stream could not be read"))
         else:
             # Behind the plans that still run.
-            self._compute.submit(lambda: stream.post_end(None))
+            self._compute.submit_last(lambda: stream.post_end(None))
 
     def _submit(
         self, runner: StepRunner, stream: _EpochStream, plan: StepPlan, received_s: float
     ) -> None:
-        def job() -> None:
+        def launch() -> None:
             if stream.is_closed:
                 return
             queue_ms = 1e3 * (time.perf_counter() - received_s)
-            try:
-                result = runner.execute(plan)
-            except PlanOrderError as error:
-                stream.post_end(StreamEnd(grpc.StatusCode.FAILED_PRECONDITION, str(error)))
-            except PlanError as error:
-                stream.post_end(StreamEnd(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
-            except Exception:
-                _log.exception("step_failed", epoch=plan.epoch, step_id=plan.step_id)
-                stream.post_end(
-                    StreamEnd(
-                        grpc.StatusCode.INTERNAL,
-                        f"step {plan.step_id} failed; the executor's log says why",
-                    )
-                )
-            else:
-                result.timings.queue_ms = queue_ms
-                stream.post(ExecuteResponse(step_result=result))
+            pending = self._attempt(runner, stream, plan, lambda: runner.launch(plan))
+            if pending is None:
+                return
 
-        self._compute.submit(job)
+            def finish() -> None:
+                result = self._attempt(runner, stream, plan, pending.finish)
+                if result is not None:
+                    result.timings.queue_ms = queue_ms
+                    stream.post(ExecuteResponse(step_result=result))
+
+            if pending.is_done and self._compute.num_deferred == 0:
+                finish()
+            else:
+                # The next plan is launched while the device runs this one.
+                self._compute.defer(pending.wait, finish)
+
+        self._compute.submit(launch)
+
+    def _attempt(
+        self,
+        runner: StepRunner,
+        stream: _EpochStream,
+        plan: StepPlan,
+        function: Callable[[], _Outcome],
+    ) -> _Outcome | None:
+        """Call a function of the runner; an error ends the stream and gives None."""
+        try:
+            return function()
+        except PlanOrderError as error:
+            stream.post_end(StreamEnd(grpc.StatusCode.FAILED_PRECONDITION, str(error)))
+        except PlanError as error:
+            stream.post_end(StreamEnd(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
+        except Exception:
+            _log.exception("step_failed", epoch=plan.epoch, step_id=plan.step_id)
+            stream.post_end(
+                StreamEnd(
+                    grpc.StatusCode.INTERNAL,
+                    f"step {plan.step_id} failed; the executor's log says why",
+                )
+            )
+            try:
+                runner.check()
+            except Exception as error:
+                self._on_broken(str(error))
+        return None

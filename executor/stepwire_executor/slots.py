@@ -35,8 +35,13 @@ class StepWork:
     """[num_seqs], tokens of context including this step's."""
     is_sampled: BoolArray
     """[num_seqs], whether the work reaches the end of the tokens known."""
-    failed_slots: Int64Array
-    """Slots of the work list that are left out, because they failed before."""
+    tenancies: Int64Array
+    """[num_seqs], tells the sequence from others that the slot holds before and after it."""
+
+    @property
+    def sampled_slots(self) -> Int64Array:
+        """Slots that sample a token, in the order of the work list."""
+        return self.slots[self.is_sampled]
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +61,8 @@ class AppliedPlan:
     """[num_copies] block ids."""
     copy_targets: Int64Array
     """[num_copies] block ids, distinct."""
+    table_places: Int64Array
+    """[num_entries], slot * max_blocks_per_seq + index of each new entry of the block table."""
     work: StepWork
 
 
@@ -89,6 +96,8 @@ class SlotTable:
         self.num_prompt_tokens: Int64Array = np.zeros(max_num_seqs, np.int64)
         self.num_computed_tokens: Int64Array = np.zeros(max_num_seqs, np.int64)
         self.num_table_blocks: Int64Array = np.zeros(max_num_seqs, np.int64)
+        self.num_admitted_tokens: Int64Array = np.zeros(max_num_seqs, np.int64)
+        self.tenancies: Int64Array = np.zeros(max_num_seqs, np.int64)
         self.is_occupied: BoolArray = np.zeros(max_num_seqs, np.bool_)
         self.is_failed: BoolArray = np.zeros(max_num_seqs, np.bool_)
 
@@ -105,30 +114,40 @@ class SlotTable:
         released = self._checked_slots(plan.released_slots, "released_slots")
         self._release(released)
         admissions = tuple(plan.admissions)
-        for admission in admissions:
-            self._admit(admission)
-        self._append_blocks(plan)
+        places = [self._admit(admission) for admission in admissions]
+        places.append(self._append_blocks(plan))
         sources, targets = self._checked_copies(plan)
         return AppliedPlan(
             released_slots=released,
             admissions=admissions,
             copy_sources=sources,
             copy_targets=targets,
+            table_places=np.concatenate(places),
             work=self._checked_work(plan),
         )
 
-    def complete(self, work: StepWork, sampled_token_ids: Int64Array, is_valid: BoolArray) -> None:
-        """Book a step that ran.
-
-        sampled_token_ids, is_valid: one for each sampled row of work; where not valid the
-        slot has failed: it keeps its place until released, and later work on it is left out.
-        """
+    def advance(self, work: StepWork) -> None:
+        """Count what a launched step computes and samples, before its tokens are known."""
         self.num_computed_tokens[work.slots] = work.ends
-        sampled = work.slots[work.is_sampled]
-        good = sampled[is_valid]
-        self.token_ids[good, self.num_tokens[good]] = sampled_token_ids[is_valid]
-        self.num_tokens[good] += 1
-        self.is_failed[sampled[~is_valid]] = True
+        self.num_tokens[work.sampled_slots] += 1
+
+    def book(
+        self, work: StepWork, sampled_token_ids: Int64Array, is_finite: BoolArray
+    ) -> BoolArray:
+        """Take the tokens of a step that has run; later steps may have been launched.
+
+        sampled_token_ids, is_finite: one for each sampled row of work. A row that is not finite
+        fails its slot, which samples nothing more until it is released. Returns which rows are
+        valid: finite, and of a slot that had not failed.
+        """
+        slots, rows = work.sampled_slots, work.is_sampled
+        # The slot may hold another sequence by now, which the token is none of.
+        is_held = self.tenancies[slots] == work.tenancies[rows]
+        is_valid: BoolArray = is_finite & ~(self.is_failed[slots] & is_held)
+        self.is_failed[slots[~is_finite & is_held]] = True
+        kept = is_valid & is_held
+        self.token_ids[slots[kept], work.ends[rows][kept]] = sampled_token_ids[kept]
+        return is_valid
 
     def checksum(self) -> int:
         """CRC-32 over (slot, num_tokens, num_computed_tokens) of occupied slots, in slot order.
@@ -144,11 +163,14 @@ class SlotTable:
         self.is_failed[slots] = False
         self.num_tokens[slots] = 0
         self.num_prompt_tokens[slots] = 0
+        self.num_admitted_tokens[slots] = 0
         self.num_computed_tokens[slots] = 0
+        self.tenancies[slots] += 1
         self.num_table_blocks[slots] = 0
         self.block_table[slots] = -1
 
-    def _admit(self, admission: Admission) -> None:
+    def _admit(self, admission: Admission) -> Int64Array:
+        """Take a sequence; return the places of its blocks in the block table."""
         slot = admission.slot
         if slot >= self.max_num_seqs:
             raise PlanError(f"admission to slot {slot}: the table has {self.max_num_seqs} slots")
@@ -177,16 +199,19 @@ class SlotTable:
             raise PlanError(f"admission to slot {slot}: {problem}")
         self.is_occupied[slot] = True
         self.token_ids[slot, :num_tokens] = token_ids
-        self.num_tokens[slot] = num_tokens
+        self.num_tokens[slot] = self.num_admitted_tokens[slot] = num_tokens
         self.num_prompt_tokens[slot] = admission.num_prompt_tokens
         self.num_computed_tokens[slot] = num_computed
         self.block_table[slot, :num_blocks] = block_ids
         self.num_table_blocks[slot] = num_blocks
+        return slot * self.max_blocks_per_seq + np.arange(num_blocks)
 
-    def _append_blocks(self, plan: StepPlan) -> None:
+    def _append_blocks(self, plan: StepPlan) -> Int64Array:
+        """Lengthen block tables; return the places of the new entries."""
         if len(plan.appended_slots) != len(plan.appended_block_ids):
             raise PlanError("appended_slots and appended_block_ids differ in length")
         block_ids = self._checked_blocks(plan.appended_block_ids, "appended_block_ids")
+        places = []
         for slot, block_id in zip(plan.appended_slots, block_ids, strict=True):
             if slot >= self.max_num_seqs or not self.is_occupied[slot]:
                 raise PlanError(f"appended_slots: slot {slot} holds no sequence")
@@ -198,6 +223,8 @@ class SlotTable:
                 )
             self.block_table[slot, end] = block_id
             self.num_table_blocks[slot] = end + 1
+            places.append(slot * self.max_blocks_per_seq + end)
+        return np.array(places, np.int64)
 
     def _checked_copies(self, plan: StepPlan) -> tuple[Int64Array, Int64Array]:
         sources = self._checked_blocks(plan.copy_source_block_ids, "copy_source_block_ids")
@@ -223,11 +250,6 @@ class SlotTable:
                 f"work_num_tokens: {num_tokens.sum()} tokens are more than the budget of "
                 f"{self.max_num_batched_tokens}"
             )
-        # Work on a failed slot was planned before the failure was known.
-        is_failed = self.is_failed[slots]
-        failed_slots = slots[is_failed]
-        if failed_slots.size:
-            slots, num_tokens = slots[~is_failed], num_tokens[~is_failed]
         starts = self.num_computed_tokens[slots]
         ends = starts + num_tokens
         known = self.num_tokens[slots]
@@ -250,7 +272,7 @@ class SlotTable:
             starts=starts,
             ends=ends,
             is_sampled=ends == known,
-            failed_slots=failed_slots,
+            tenancies=self.tenancies[slots],
         )
 
     def _checked_slots(self, values: Iterable[int], name: str) -> Int64Array:

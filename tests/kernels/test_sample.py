@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepwire_executor.kernels import Kernels, RowAdjustments
+from stepwire_executor.kernels import Kernels
 from stepwire_executor.kernels.native import KernelBuildError, NativeLibrary, load_library
 from stepwire_executor.kernels.sample.noise import gumbel_noise, noise_bits, philox4x32
 from stepwire_executor.kernels.select import native_kernels, reference_kernels
@@ -271,51 +271,3 @@ def test_noise_changes_with_seed_position_and_stream_alone(kernels: Kernels) -> 
     assert ids(kernels, logits, **base) == first
     for name in base:
         assert ids(kernels, logits, **{**base, name: [2]}) != first
-
-
-def test_adjustments_are_applied_in_order(kernels: Kernels) -> None:
-    logits = torch.tensor([[2.0, -2.0, 1.0, 0.0, 0.5]])
-    change = RowAdjustments(
-        row=0,
-        bias_token_ids=torch.tensor([1, 3]),
-        bias_values=torch.tensor([1.0, 4.0]),
-        repetition_penalty=2.0,
-        presence_penalty=0.5,
-        frequency_penalty=0.25,
-        seen_token_ids=torch.tensor([0, 1, 3]),
-        output_counts=torch.tensor([3.0, 0.0, 1.0]),
-        suppressed_token_ids=torch.tensor([2]),
-    )
-    batch = sampling_batch(1, temperature=0.0)
-    batch = type(batch)(
-        **{name: getattr(batch, name) for name in batch.__slots__ if name != "adjustments"},
-        adjustments=(change,),
-    )
-    out = kernels.sample(logits, batch)
-    # 0: 2/2 - 0.5 - 3/4; 1: (-2+1)*2, never generated; 2: suppressed; 3: 4/2 - 0.5 - 1/4.
-    assert logits.tolist() == [[-0.25, -2.0, -math.inf, 1.25, 0.5]]
-    assert out.token_ids.tolist() == [3]
-
-
-def test_logprobs_describe_the_unadjusted_logits(kernels: Kernels) -> None:
-    rows = torch.tensor([[1.0, 3.0, 3.0, -1.0], [0.0, 0.0, 1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
-    batch = sampling_batch(3, temperature=0.0, num_logprobs=(3, 0, -1))
-    batch = type(batch)(
-        **{name: getattr(batch, name) for name in batch.__slots__ if name != "adjustments"},
-        adjustments=(
-            RowAdjustments(row=0, suppressed_token_ids=torch.tensor([1])),
-            RowAdjustments(row=2, suppressed_token_ids=torch.tensor([3])),
-        ),
-    )
-    out = kernels.sample(rows.clone(), batch)
-    assert out.token_ids.tolist() == [2, 3, 2]
-    first, second, third = out.logprobs
-    assert third is None
-    expected = rows.double().log_softmax(dim=-1)
-    assert first is not None
-    assert (first.rank, first.top_token_ids) == (2, (1, 2, 0))
-    assert first.logprob == pytest.approx(float(expected[0, 2]), abs=1e-6)
-    assert first.top_logprobs == pytest.approx([float(expected[0, i]) for i in (1, 2, 0)], abs=1e-6)
-    assert second is not None
-    assert (second.rank, second.top_token_ids) == (1, ())
-    assert second.logprob == pytest.approx(float(expected[1, 3]), abs=1e-6)

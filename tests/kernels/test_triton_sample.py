@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepwire_executor.kernels import RowAdjustments, SampleOutput, SamplingBatch
+from stepwire_executor.kernels import SampleOutput, SamplingBatch
 from stepwire_executor.kernels.sample import noise, reference
 from support.kernels_support import sampling_batch
 from support.triton_interpreter import DEVICE, requires_triton
@@ -181,31 +181,9 @@ def test_rows_may_be_a_view_of_wider_ones_and_none_is_none() -> None:
     wide = torch.randn(3, 80, device=DEVICE)
     batch = sampling_batch(3, temperature=0.0)
     assert torch.equal(draw(wide[:, 8:60], batch).token_ids, wide[:, 8:60].argmax(dim=1).cpu())
-    out = draw(wide[:0], sampling_batch(0, num_logprobs=()))
+    out = draw(wide[:0], sampling_batch(0))
     assert out.token_ids.shape == out.is_finite.shape == (0,)
     with pytest.raises(ValueError, match="float32"):
         draw(wide.double(), batch)
     with pytest.raises(ValueError, match="parameter"):
         draw(wide, sampling_batch(2))
-
-
-def test_adjustments_and_logprobs_are_the_references() -> None:
-    logits = torch.randn(3, 40)
-    batch = dataclasses.replace(
-        sampling_batch(3, temperature=[0.0, 0.8, 1.0], num_logprobs=(3, 0, -1)),
-        adjustments=(
-            RowAdjustments(row=0, suppressed_token_ids=logits[0].argmax().unsqueeze(0)),
-            RowAdjustments(
-                row=1,
-                bias_token_ids=torch.tensor([1, 3]),
-                bias_values=torch.tensor([1.0, 4.0]),
-                repetition_penalty=2.0,
-                seen_token_ids=torch.tensor([0, 1, 3]),
-            ),
-        ),
-    )
-    if DEVICE.type != "cpu":
-        pytest.skip("the adjustments of this test lie on the CPU")
-    expected, got = reference.sample(logits.clone(), batch), draw(logits, batch)
-    assert got.token_ids.tolist() == expected.token_ids.tolist()
-    assert got.logprobs == expected.logprobs

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepwire.executor.v1.executor_pb2 import Admission
 from support.executor_fakes import (
     BLOCK_SIZE,
+    ENGINES,
     MAX_MODEL_LEN,
     MAX_NUM_SEQS,
     NUM_BLOCKS,
+    EngineName,
     admission,
     expected_continuation,
     make_executor,
@@ -38,12 +41,13 @@ class Running:
         )
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("engine_name", ENGINES)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_order_of_joins_chunks_preemptions_and_moves_gives_the_same_tokens(
-    data: st.DataObject,
+    engine_name: EngineName, data: st.DataObject
 ) -> None:
-    executor = make_executor(max_num_batched_tokens=BUDGET)
+    executor = make_executor(max_num_batched_tokens=BUDGET, engine_name=engine_name)
     executor.runner.open_epoch(1)
     running: dict[int, Running] = {}
     preempted: list[Running] = []

@@ -6,13 +6,19 @@ so that a wrong position, block or copy changes the tokens that come out.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import torch
 from stepwire.executor.v1.executor_pb2 import Admission, SamplingParams, StepPlan
 from stepwire_executor.batch import StepBatch
-from stepwire_executor.kernels.interface import RowLogprobs, SampleOutput, SamplingBatch
+from stepwire_executor.engine.device import DeviceEngine
+from stepwire_executor.engine.device_queue import DeviceQueue, HostQueue
+from stepwire_executor.engine.graphs import RepeatedCalls
+from stepwire_executor.engine.host import HostEngine
+from stepwire_executor.kernels.interface import SampleOutput, SamplingBatch
 from stepwire_executor.kv_cache import KVCache
 from stepwire_executor.runner import Runner
 from stepwire_executor.slots import SlotTable
@@ -24,6 +30,9 @@ NUM_BLOCKS = 32
 MAX_MODEL_LEN = 40
 MAX_NUM_SEQS = 4
 POISON_TOKEN = 96
+EngineName = Literal["host", "device", "graphs"]
+ENGINES: tuple[EngineName, ...] = ("host", "device", "graphs")
+"""The engine of a CPU; the one of a device, eager; and the same with captured decode steps."""
 
 
 def expected_token(token_ids: list[int]) -> int:
@@ -46,27 +55,33 @@ class PagedEchoDecoder:
         self.num_forwards = 0
         self.before_forward: Callable[[], None] | None = None
 
-    def forward(self, batch: StepBatch, cache: KVCache) -> Tensor:
+    def hidden_states(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """The logits themselves: the head adds nothing."""
         self.num_forwards += 1
         if self.before_forward is not None:
             self.before_forward()
         pages = cache.layers[0].key
-        pages.view(-1)[batch.slot_mapping] = batch.token_ids.to(pages.dtype)
-        rows = set(batch.logit_rows.tolist())
-        logits = torch.full((len(rows), VOCAB_SIZE), -10.0)
-        row = 0
-        for index, length in enumerate(batch.seq_lens.tolist()):
-            last = int(batch.cu_seqlens_q[index + 1]) - 1
+        is_stored = batch.slot_mapping >= 0
+        pages.view(-1)[batch.slot_mapping[is_stored]] = batch.token_ids[is_stored].to(pages.dtype)
+        ends = (batch.cu_seqlens_q[1:] - 1).tolist()
+        logits = torch.full((len(batch.logit_rows), VOCAB_SIZE), -10.0)
+        for row, last in enumerate(batch.logit_rows.tolist()):
+            if last not in ends:
+                continue  # padding
+            index = ends.index(last)
+            length = int(batch.seq_lens[index])
+            if length == 0:
+                continue  # padding
             assert int(batch.positions[last]) == length - 1
-            if last not in rows:
-                continue
             tokens = pages[batch.block_table[index].clamp(min=0).long()].view(-1)[:length]
             ids = [int(token) for token in tokens]
             logits[row, expected_token(ids)] = 10.0
             if POISON_TOKEN in ids:
                 logits[row] = float("nan")
-            row += 1
         return logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden.clone()
 
 
 @dataclass
@@ -74,22 +89,47 @@ class GreedySampler:
     """Takes the likeliest token and remembers what it was asked."""
 
     batches: list[SamplingBatch] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    """As adjusted."""
 
     def __call__(self, logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-        self.batches.append(batch)
+        # Tensors of a step may be views of memory that the next step writes.
+        names = [each.name for each in fields(batch)]
+        self.batches.append(SamplingBatch(**{n: getattr(batch, n).clone() for n in names}))
+        self.logits.append(logits.clone())
         token_ids = torch.argmax(torch.nan_to_num(logits), dim=-1)
-        return SampleOutput(
-            token_ids=token_ids,
-            logprobs=tuple(
-                None
-                if num < 0
-                else RowLogprobs(
-                    logprob=-0.5, rank=1, top_token_ids=(1,) * num, top_logprobs=(-0.5,) * num
-                )
-                for num in batch.num_logprobs
-            ),
-            is_finite=torch.isfinite(logits).all(dim=-1),
-        )
+        return SampleOutput(token_ids=token_ids, is_finite=torch.isfinite(logits).any(dim=-1))
+
+
+class GatedMark:
+    """Reached once the gate is open."""
+
+    def __init__(self, queue: GatedQueue) -> None:
+        self._queue = queue
+
+    @property
+    def is_reached(self) -> bool:
+        return self._queue.gate.is_set()
+
+    def wait(self) -> None:
+        assert self._queue.gate.wait(10)
+        if self._queue.error is not None:
+            raise self._queue.error
+
+    def ms_since(self, earlier: object) -> float:
+        return 1.0
+
+
+class GatedQueue(HostQueue):
+    """A device that works but does not say so until the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: RuntimeError | None = None
+
+    def mark(self) -> GatedMark:
+        return GatedMark(self)
 
 
 @dataclass
@@ -107,6 +147,8 @@ def make_executor(
     max_num_seqs: int = MAX_NUM_SEQS,
     num_blocks: int = NUM_BLOCKS,
     max_num_batched_tokens: int = 64,
+    engine_name: EngineName = "host",
+    queue: DeviceQueue | None = None,
 ) -> FakeExecutor:
     decoder, sampler = PagedEchoDecoder(), GreedySampler()
     slots = SlotTable(
@@ -128,8 +170,27 @@ def make_executor(
     )
     # What was never written must not look like a token that was.
     cache.layers[0].key.fill_(50.0)
-    runner = Runner(decoder=decoder, sample=sampler, cache=cache, slots=slots)
-    return FakeExecutor(decoder=decoder, sampler=sampler, slots=slots, runner=runner)
+    engine: HostEngine | DeviceEngine
+    if engine_name == "host":
+        engine = HostEngine(
+            decoder=decoder,
+            sample=sampler,
+            cache=cache,
+            max_num_seqs=max_num_seqs,
+            vocab_size=VOCAB_SIZE,
+        )
+    else:
+        engine = DeviceEngine(
+            decoder=decoder, sample=sampler, cache=cache, slots=slots, queue=queue or HostQueue()
+        )
+        if engine_name == "graphs":
+            engine.capture(RepeatedCalls())
+    decoder.num_forwards = 0
+    sampler.batches.clear()
+    sampler.logits.clear()
+    return FakeExecutor(
+        decoder=decoder, sampler=sampler, slots=slots, runner=Runner(engine=engine, slots=slots)
+    )
 
 
 def sampling_params(**changes: object) -> SamplingParams:

@@ -137,7 +137,6 @@ def sampling_batch(
     seeds: list[int] | None = None,
     positions: list[int] | None = None,
     streams: list[int] | None = None,
-    num_logprobs: tuple[int, ...] | None = None,
 ) -> SamplingBatch:
     """Build sampling parameters; a scalar holds for every row."""
 
@@ -153,5 +152,4 @@ def sampling_batch(
         seeds=row(seeds or list(range(num_rows)), torch.int64),
         positions=row(positions or [0] * num_rows, torch.int64),
         streams=row(streams or [0] * num_rows, torch.int64),
-        num_logprobs=num_logprobs or (-1,) * num_rows,
     )

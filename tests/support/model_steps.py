@@ -83,5 +83,6 @@ class ModelSteps:
                 dtype=torch.int32,
             ),
             logit_rows=torch.tensor([] if no_rows else list(rows), dtype=torch.int64),
+            max_query_len=max(num_tokens for _, num_tokens in work),
         )
         return self._model.decoder.forward(batch, self.cache)

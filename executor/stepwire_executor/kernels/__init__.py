@@ -3,8 +3,6 @@
 from stepwire_executor.kernels.interface import (
     Kernels,
     PackedWeight,
-    RowAdjustments,
-    RowLogprobs,
     SampleOutput,
     SamplingBatch,
 )
@@ -14,8 +12,6 @@ __all__ = [
     "KernelBackend",
     "Kernels",
     "PackedWeight",
-    "RowAdjustments",
-    "RowLogprobs",
     "SampleOutput",
     "SamplingBatch",
     "select_kernels",

@@ -106,28 +106,8 @@ class Linear(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowAdjustments:
-    """Changes to the logits of one row, in the order they are applied."""
-
-    row: int
-    bias_token_ids: Tensor | None = None
-    """[num_biases] int64, added to by bias_values."""
-    bias_values: Tensor | None = None
-    """[num_biases] float32."""
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seen_token_ids: Tensor | None = None
-    """[num_seen] int64, distinct tokens of prompt and output, for the repetition penalty."""
-    output_counts: Tensor | None = None
-    """[num_seen] float32, how often each was generated, for presence and frequency."""
-    suppressed_token_ids: Tensor | None = None
-    """[num_suppressed] int64, cannot be sampled."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingBatch:
-    """How to sample each of num_rows rows of logits."""
+    """How to sample each of num_rows rows of logits; tensors of the logits' device."""
 
     temperature: Tensor
     """[num_rows] float32, 0 is greedy."""
@@ -143,31 +123,12 @@ class SamplingBatch:
     """[num_rows] int64, place in its sequence of the token to sample."""
     streams: Tensor
     """[num_rows] int64, second key of the noise."""
-    num_logprobs: tuple[int, ...]
-    """How many likeliest tokens a row wants beside the sampled one; -1: no log-probabilities."""
-    adjustments: tuple[RowAdjustments, ...] = ()
-    """Only of rows that have any."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowLogprobs:
-    """Log-probabilities of one row under the unadjusted logits at temperature 1."""
-
-    logprob: float
-    """Of the sampled token."""
-    rank: int
-    """1 is the likeliest."""
-    top_token_ids: tuple[int, ...]
-    """Likeliest first; ties by smaller id."""
-    top_logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOutput:
     token_ids: Tensor
     """[num_rows] int64."""
-    logprobs: tuple[RowLogprobs | None, ...]
-    """None for rows that did not ask."""
     is_finite: Tensor
     """[num_rows] bool; False where the logits hold NaN or no token could be sampled."""
 
@@ -177,8 +138,8 @@ class Sample(Protocol):
         """Choose a token a row: argmax of logits / temperature + Gumbel noise.
 
         logits: [num_rows, vocab_size] float32, may be overwritten. Noise is a pure function of
-        (seed, stream, position, token id), Philox4x32-10. Order: bias, penalties, suppression,
-        temperature, top-k, min-p, top-p.
+        (seed, stream, position, token id), Philox4x32-10. Order: temperature, top-k, min-p,
+        top-p.
         """
         ...
 

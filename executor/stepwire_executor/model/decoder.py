@@ -95,11 +95,19 @@ class Decoder:
         Returns [num_logit_rows, vocab_size] float32, rows in the order of batch.logit_rows.
         A row depends on its own sequence only, bit for bit, where kernels.is_row_invariant.
         """
-        hidden = self._forward_layers(batch, cache)
+        return self.logits(self.hidden_states(batch, cache))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: float32 [num_rows, vocab_size] of hidden states, [num_rows, hidden_size]."""
         return self._kernels.linear(hidden, self._head, None, torch.float32)
 
-    def _forward_layers(self, batch: StepBatch, cache: KVCache) -> Tensor:
-        """Final normalised hidden states of the logit rows: [num_logit_rows, hidden_size]."""
+    @torch.inference_mode()
+    def hidden_states(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """Write every token's KV; final normalised states of the logit rows.
+
+        Returns [num_logit_rows, hidden_size] in the model's dtype.
+        """
         kernels = self._kernels
         rms_norm, linear, silu_and_mul = kernels.rms_norm, kernels.linear, kernels.silu_and_mul
         rope_and_write_kv, attend = kernels.rope_and_write_kv, kernels.paged_attention

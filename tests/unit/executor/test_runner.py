@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 from stepwire.executor.v1.executor_pb2 import StepResult
 from stepwire_executor.errors import PlanError, PlanOrderError
 from support.executor_fakes import (
+    ENGINES,
     POISON_TOKEN,
+    VOCAB_SIZE,
+    EngineName,
     FakeExecutor,
     admission,
     expected_continuation,
+    expected_token,
     make_executor,
     sampling_params,
     step,
@@ -18,9 +25,15 @@ from support.executor_fakes import (
 PROMPT = [5, 9, 2, 7, 1, 3]
 
 
+@pytest.fixture(params=ENGINES)
+def engine_name(request: pytest.FixtureRequest) -> EngineName:
+    name: EngineName = request.param
+    return name
+
+
 @pytest.fixture
-def executor() -> FakeExecutor:
-    executor = make_executor()
+def executor(engine_name: EngineName) -> FakeExecutor:
+    executor = make_executor(engine_name=engine_name)
     executor.runner.open_epoch(1)
     return executor
 
@@ -86,9 +99,9 @@ def test_a_slot_released_by_a_plan_can_be_taken_by_the_same_plan(executor: FakeE
     )
     assert tokens_of(result) == {0: expected_continuation(other, 1)[0]}
     batch = executor.sampler.batches[-1]
-    assert batch.adjustments == ()
-    assert batch.temperature.tolist() == [0.0]
-    assert batch.num_logprobs == (-1,)
+    assert batch.temperature[0] == 0.0
+    assert sorted(set(executor.sampler.logits[-1][0].tolist())) == [-10.0, 10.0]
+    assert not result.logprobs
 
 
 def test_copied_pages_hold_what_their_sources_held(executor: FakeExecutor) -> None:
@@ -144,12 +157,12 @@ def test_noise_is_keyed_by_the_tokens_place_whatever_the_way_there(executor: Fak
         )
     )
     prefill, decoded, readmitted = executor.sampler.batches
-    assert prefill.positions.tolist() == [6]
-    assert decoded.positions.tolist() == readmitted.positions.tolist() == [7]
+    assert prefill.positions[0] == 6
+    assert decoded.positions[0] == readmitted.positions[0] == 7
     for batch in executor.sampler.batches:
-        assert batch.seeds.tolist() == [-3]
-        assert batch.streams.tolist() == [5]
-        assert batch.temperature.tolist() == [0.5]
+        assert batch.seeds[0] == -3
+        assert batch.streams[0] == 5
+        assert batch.temperature[0] == 0.5
 
 
 def test_a_row_gets_its_own_slots_parameters(executor: FakeExecutor) -> None:
@@ -165,10 +178,8 @@ def test_a_row_gets_its_own_slots_parameters(executor: FakeExecutor) -> None:
         )
     )
     (batch,) = executor.sampler.batches
-    assert batch.top_k.tolist() == [0, 3]
-    assert batch.min_p.tolist() == [0.25, 0.0]
-    assert batch.num_logprobs == (-1, 2)
-    assert batch.adjustments == ()
+    assert batch.top_k[:2].tolist() == [0, 3]
+    assert batch.min_p[:2].tolist() == [0.25, 0.0]
     (logprobs,) = result.logprobs
     assert logprobs.token_id == tokens_of(result)[0]
     assert len(logprobs.top_token_ids) == len(logprobs.top_logprobs) == 2
@@ -192,42 +203,71 @@ def test_penalties_count_the_prompt_as_seen_and_the_output_as_generated(
             ],
         )
     )
-    sampled = expected_continuation(tokens, 1)[0]
     executor.runner.execute(step(1, 2, {1: 1, 0: 1}))
-    before, after = executor.sampler.batches
-    (first,), (second,) = before.adjustments, after.adjustments
-    assert (first.row, second.row) == (0, 1)
-    assert (first.repetition_penalty, first.presence_penalty, first.frequency_penalty) == (
-        1.5,
-        0.5,
-        0.25,
-    )
+    before, after = executor.sampler.logits
+    first = expected_token(tokens)
+    second = expected_token([*tokens, first])
 
-    def counts(adjustment: object) -> dict[int, float]:
-        ids, numbers = adjustment.seen_token_ids, adjustment.output_counts  # type: ignore[attr-defined]
-        return dict(zip(ids.tolist()[: len(numbers)], numbers.tolist(), strict=True))
+    def penalised(likeliest: int, generated: dict[int, int], token_id: int) -> float:
+        value = 10.0 if token_id == likeliest else -10.0
+        if token_id in {3, *generated}:
+            value = value / 1.5 if value > 0 else value * 1.5
+        count = generated.get(token_id, 0)
+        return value - 0.25 * count - (0.5 if count else 0.0)
 
-    assert counts(second) == {3: 0.0, 7: 2.0, sampled: 1.0}
+    for token_id in range(VOCAB_SIZE):
+        expected = penalised(first, {7: 2}, token_id)
+        assert float(before[0, token_id]) == pytest.approx(expected, rel=1e-6)
+    for token_id in range(VOCAB_SIZE):
+        expected = penalised(second, {7: 2, first: 1}, token_id)
+        assert float(after[1, token_id]) == pytest.approx(expected, rel=1e-6)
+    unpenalised = {-10.0, 10.0}
+    assert set(before[1].tolist()) == set(after[0].tolist()) == unpenalised
 
 
 def test_bias_and_suppression_apply_to_their_slot_until_min_tokens(executor: FakeExecutor) -> None:
-    params = sampling_params(
-        logit_bias={4: 1.5}, min_tokens=2, suppressed_token_ids=[POISON_TOKEN, 5]
-    )
+    params = sampling_params(logit_bias={4: 1.5}, min_tokens=2, suppressed_token_ids=[90, 5])
     executor.runner.execute(
-        step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1, 2], params=params)])
+        step(
+            1,
+            1,
+            {1: 2, 0: 6},
+            admissions=[
+                admission(0, PROMPT, [0, 1, 2], params=params),
+                admission(1, [8, 8], [3]),
+            ],
+        )
     )
     decode(executor, 0, 2, 2)
-    suppressed = []
-    for batch in executor.sampler.batches:
-        (adjustment,) = batch.adjustments
-        assert adjustment.bias_token_ids is not None
-        assert adjustment.bias_values is not None
-        assert adjustment.bias_token_ids.tolist() == [4]
-        assert adjustment.bias_values.tolist() == [1.5]
-        ids = adjustment.suppressed_token_ids
-        suppressed.append(None if ids is None else ids.tolist())
-    assert suppressed == [[POISON_TOKEN, 5], [POISON_TOKEN, 5], None]
+    first, *others = executor.sampler.logits
+    assert set(first[0].tolist()) == {-10.0, 10.0}
+    for index, row in enumerate((first[1], *(logits[0] for logits in others))):
+        assert float(row[4]) in (-8.5, 11.5)
+        suppressed = [token for token in range(VOCAB_SIZE) if row[token] == -torch.inf]
+        assert suppressed == ([5, 90] if index < 2 else [])
+
+
+def test_logprobs_are_those_of_the_logits_before_adjustment(executor: FakeExecutor) -> None:
+    likeliest = expected_token(PROMPT)
+    params = sampling_params(logit_bias={60: 50.0}, num_logprobs=2)
+    result = executor.runner.execute(
+        step(
+            1,
+            1,
+            {1: 2, 0: 6},
+            admissions=[
+                admission(0, PROMPT, [0, 1, 2], params=params),
+                admission(1, [8, 8], [3]),
+            ],
+        )
+    )
+    assert likeliest != 60
+    (logprobs,) = result.logprobs
+    assert (logprobs.token_id, logprobs.rank) == (60, 62 if likeliest > 60 else 61)
+    assert list(logprobs.top_token_ids) == [likeliest, 0 if likeliest else 1]
+    total = math.log(math.exp(10) + (VOCAB_SIZE - 1) * math.exp(-10))
+    assert logprobs.logprob == pytest.approx(-10 - total, rel=1e-6)
+    assert logprobs.top_logprobs == pytest.approx([10 - total, -10 - total], rel=1e-6)
 
 
 def test_a_failed_slot_leaves_its_neighbours_alone_and_stays_failed_until_released(
@@ -286,7 +326,7 @@ def test_an_epoch_starts_from_empty_slots_and_step_one(executor: FakeExecutor) -
     executor.runner.open_epoch(2)
     result = executor.runner.execute(step(2, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
     assert tokens_of(result) == {0: expected_continuation(PROMPT, 1)[0]}
-    assert executor.sampler.batches[-1].adjustments == ()
+    assert set(executor.sampler.logits[-1][0].tolist()) == {-10.0, 10.0}
 
 
 @pytest.mark.parametrize(("epoch", "step_id"), [(1, 3), (1, 1), (1, 0), (0, 2), (2, 2)])
@@ -318,3 +358,4 @@ def test_two_sequences_cannot_write_one_page(executor: FakeExecutor) -> None:
 def test_timings_are_filled(executor: FakeExecutor) -> None:
     result = executor.runner.execute(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
     assert min(result.timings.prepare_ms, result.timings.forward_ms, result.timings.sample_ms) > 0
+    assert result.timings.idle_ms >= 0

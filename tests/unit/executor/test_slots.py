@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from stepwire.executor.v1.executor_pb2 import SamplingParams, StepPlan
 from stepwire_executor.errors import PlanError
-from stepwire_executor.sampling_state import TokenCounts
+from stepwire_executor.sampling.host_state import TokenCounts
 from support.executor_fakes import (
     MAX_MODEL_LEN,
     MAX_NUM_SEQS,

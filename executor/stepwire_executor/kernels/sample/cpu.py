@@ -7,8 +7,6 @@ from torch import Tensor
 
 from stepwire_executor.kernels.interface import Sample, SampleOutput, SamplingBatch
 from stepwire_executor.kernels.native.library import NativeLibrary
-from stepwire_executor.kernels.sample.adjustments import apply_adjustments
-from stepwire_executor.kernels.sample.logprobs import row_logprobs, unadjusted_rows
 
 
 def make_sample(library: NativeLibrary) -> Sample:
@@ -37,8 +35,6 @@ def make_sample(library: NativeLibrary) -> Sample:
                     f"a sampling parameter is {parameter.dtype} {tuple(parameter.shape)}, "
                     f"expected contiguous {dtype} [{num_rows}]"
                 )
-        unadjusted = unadjusted_rows(logits, batch)
-        apply_adjustments(logits, batch.adjustments)
         token_ids = torch.empty(num_rows, dtype=torch.int64)
         is_finite = torch.empty(num_rows, dtype=torch.bool)
         run(
@@ -57,10 +53,6 @@ def make_sample(library: NativeLibrary) -> Sample:
             is_finite.data_ptr(),
             torch.get_num_threads(),
         )
-        return SampleOutput(
-            token_ids=token_ids,
-            logprobs=row_logprobs(logits, unadjusted, token_ids, batch),
-            is_finite=is_finite,
-        )
+        return SampleOutput(token_ids=token_ids, is_finite=is_finite)
 
     return sample

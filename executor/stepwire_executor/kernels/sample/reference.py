@@ -6,15 +6,11 @@ import torch
 from torch import Tensor
 
 from stepwire_executor.kernels.interface import SampleOutput, SamplingBatch
-from stepwire_executor.kernels.sample.adjustments import apply_adjustments
-from stepwire_executor.kernels.sample.logprobs import row_logprobs, unadjusted_rows
 from stepwire_executor.kernels.sample.noise import gumbel_noise
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
     """Choose a token a row by greedy or Gumbel-max sampling; see `interface.Sample`."""
-    unadjusted = unadjusted_rows(logits, batch)
-    apply_adjustments(logits, batch.adjustments)
     maximum = logits.amax(dim=-1)  # NaN if any is
     is_finite = maximum.isfinite()
     token_ids = torch.where(is_finite, logits.argmax(dim=-1), 0)
@@ -25,11 +21,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
             batch.seeds[rows], batch.positions[rows], batch.streams[rows], logits.shape[1]
         )
         token_ids[rows] = scores.argmax(dim=-1)
-    return SampleOutput(
-        token_ids=token_ids,
-        logprobs=row_logprobs(logits, unadjusted, token_ids, batch),
-        is_finite=is_finite,
-    )
+    return SampleOutput(token_ids=token_ids, is_finite=is_finite)
 
 
 def scaled_scores(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ from torch import Tensor
 from stepwire_executor.kernels.compile_case import CompileCase
 from stepwire_executor.kernels.interface import SampleOutput, SamplingBatch
 from stepwire_executor.kernels.launch import ceil_div, next_power_of_two
-from stepwire_executor.kernels.sample.adjustments import apply_adjustments
-from stepwire_executor.kernels.sample.logprobs import row_logprobs, unadjusted_rows
 
 _BLOCK = 4096
 """Tokens a stretch."""
@@ -351,10 +349,7 @@ def pick_kernel(
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
-    """Choose a token a row by greedy or Gumbel-max sampling; see `interface.Sample`.
-
-    Only adjustments and log-probabilities, which few rows ask for, are computed by torch.
-    """
+    """Choose a token a row by greedy or Gumbel-max sampling; see `interface.Sample`."""
     num_rows, vocab_size = logits.shape
     if logits.dtype != torch.float32 or logits.stride(1) != 1 or vocab_size == 0:
         raise ValueError(
@@ -378,14 +373,8 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampleOutput:
                 f"a sampling parameter is {parameter.dtype} {tuple(parameter.shape)}, "
                 f"expected contiguous {dtype} [{num_rows}]"
             )
-    unadjusted = unadjusted_rows(logits, batch)
-    apply_adjustments(logits, batch.adjustments)
     token_ids, is_finite = _choose(logits, batch)
-    return SampleOutput(
-        token_ids=token_ids,
-        logprobs=row_logprobs(logits, unadjusted, token_ids, batch),
-        is_finite=is_finite,
-    )
+    return SampleOutput(token_ids=token_ids, is_finite=is_finite)
 
 
 def _choose(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:

@@ -598,12 +598,15 @@ class StepTimings(_message.Message):
     PREPARE_MS_FIELD_NUMBER: _builtins.int
     FORWARD_MS_FIELD_NUMBER: _builtins.int
     SAMPLE_MS_FIELD_NUMBER: _builtins.int
+    IDLE_MS_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
     """Waited for the step before."""
     prepare_ms: _builtins.float
-    """Applied the delta, built tensors."""
+    """Applied the delta, built tensors; on a device also queued the step's work."""
     forward_ms: _builtins.float
     sample_ms: _builtins.float
+    idle_ms: _builtins.float
+    """What computes had nothing to do between the step before and this one."""
     def __init__(
         self,
         *,
@@ -611,10 +614,11 @@ class StepTimings(_message.Message):
         prepare_ms: _builtins.float = ...,
         forward_ms: _builtins.float = ...,
         sample_ms: _builtins.float = ...,
+        idle_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_ms", b"forward_ms", "prepare_ms", b"prepare_ms", "queue_ms", b"queue_ms", "sample_ms", b"sample_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_ms", b"forward_ms", "idle_ms", b"idle_ms", "prepare_ms", b"prepare_ms", "queue_ms", b"queue_ms", "sample_ms", b"sample_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,17 +1,18 @@
-"""Sampling parameters of every slot, held so that a step gathers them by index."""
+"""Sampling parameters of every slot in host memory, gathered by index for a step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from stepwire.executor.v1.executor_pb2 import Admission, SamplingParams
 from torch import Tensor
 
-from stepwire_executor.errors import PlanError
-from stepwire_executor.kernels.interface import RowAdjustments, SamplingBatch
+from stepwire_executor.kernels.interface import SamplingBatch
+from stepwire_executor.sampling.adjustments import RowAdjustments
+from stepwire_executor.sampling.checks import check_sampling_params, is_penalised
 from stepwire_executor.slots import Int64Array
 
 NO_LOGPROBS = -1
@@ -69,7 +70,18 @@ class _Adjusted:
         self.suppressed = torch.tensor(suppressed, dtype=torch.int64) if suppressed else None
 
 
-class SamplingState:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSamplingBatch:
+    """How to sample the rows of a step."""
+
+    parameters: SamplingBatch
+    num_logprobs: tuple[int, ...]
+    """How many likeliest tokens a row wants beside the sampled one; NO_LOGPROBS: none at all."""
+    adjustments: tuple[RowAdjustments, ...]
+    """Only of rows that have any."""
+
+
+class HostSampling:
     """Sampling parameters by slot."""
 
     def __init__(self, *, max_num_seqs: int, vocab_size: int) -> None:
@@ -100,9 +112,7 @@ class SamplingState:
         Raises PlanError for parameters that no scheduler sends.
         """
         slot, params = admission.slot, admission.sampling_params
-        problem = _problem_in(params, self._vocab_size)
-        if problem is not None:
-            raise PlanError(f"admission to slot {slot}: {problem}")
+        check_sampling_params(admission, self._vocab_size)
         self._temperature[slot] = params.temperature
         self._top_k[slot] = min(params.top_k, self._vocab_size)
         self._top_p[slot] = params.top_p
@@ -111,18 +121,16 @@ class SamplingState:
         self._streams[slot] = params.stream
         asked = params.HasField("num_logprobs")
         self._num_logprobs[slot] = params.num_logprobs if asked else NO_LOGPROBS
-        is_penalised = (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
-        if is_penalised or params.logit_bias or (params.min_tokens and params.suppressed_token_ids):
-            counts = TokenCounts(token_ids, admission.num_prompt_tokens) if is_penalised else None
+        counts = None
+        if is_penalised(params):
+            counts = TokenCounts(token_ids, admission.num_prompt_tokens)
+        is_suppressed = params.min_tokens and params.suppressed_token_ids
+        if counts is not None or params.logit_bias or is_suppressed:
             self._adjusted[slot] = _Adjusted(params, counts)
 
     def gather(
         self, slots: Int64Array, positions: Int64Array, num_generated: Int64Array
-    ) -> SamplingBatch:
+    ) -> HostSamplingBatch:
         """Make the batch that samples slots; all arguments [num_rows].
 
         positions: of the token to sample; num_generated: tokens generated before it.
@@ -133,14 +141,16 @@ class SamplingState:
                 adjusted = self._adjusted.get(slot)
                 if adjusted is not None:
                     adjustments.append(_row_adjustments(row, adjusted, int(num_generated[row])))
-        return SamplingBatch(
-            temperature=torch.from_numpy(self._temperature[slots]),
-            top_k=torch.from_numpy(self._top_k[slots]),
-            top_p=torch.from_numpy(self._top_p[slots]),
-            min_p=torch.from_numpy(self._min_p[slots]),
-            seeds=torch.from_numpy(self._seeds[slots].view(np.int64)),
-            positions=torch.from_numpy(positions),
-            streams=torch.from_numpy(self._streams[slots]),
+        return HostSamplingBatch(
+            parameters=SamplingBatch(
+                temperature=torch.from_numpy(self._temperature[slots]),
+                top_k=torch.from_numpy(self._top_k[slots]),
+                top_p=torch.from_numpy(self._top_p[slots]),
+                min_p=torch.from_numpy(self._min_p[slots]),
+                seeds=torch.from_numpy(self._seeds[slots].view(np.int64)),
+                positions=torch.from_numpy(positions),
+                streams=torch.from_numpy(self._streams[slots]),
+            ),
             num_logprobs=tuple(self._num_logprobs[slots].tolist()),
             adjustments=tuple(adjustments),
         )
@@ -167,27 +177,3 @@ def _row_adjustments(row: int, adjusted: _Adjusted, num_generated: int) -> RowAd
         output_counts=None if counts is None else counts.output_counts,
         suppressed_token_ids=adjusted.suppressed if num_generated < adjusted.min_tokens else None,
     )
-
-
-def _problem_in(params: SamplingParams, vocab_size: int) -> str | None:
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        return f"temperature {params.temperature} must be finite and at least 0"
-    if not 0 < params.top_p <= 1:
-        return f"top_p {params.top_p} must be in (0, 1]"
-    if not 0 <= params.min_p <= 1:
-        return f"min_p {params.min_p} must be in [0, 1]"
-    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0):
-        return f"repetition_penalty {params.repetition_penalty} must be finite and above 0"
-    if not math.isfinite(params.presence_penalty):
-        return "presence_penalty must be finite"
-    if not math.isfinite(params.frequency_penalty):
-        return "frequency_penalty must be finite"
-    if any(not math.isfinite(value) for value in params.logit_bias.values()):
-        return "logit_bias must be finite"
-    if max(params.logit_bias, default=0) >= vocab_size:
-        return f"logit_bias names a token beyond the vocabulary of {vocab_size}"
-    if max(params.suppressed_token_ids, default=0) >= vocab_size:
-        return f"suppressed_token_ids names a token beyond the vocabulary of {vocab_size}"
-    if params.num_logprobs > vocab_size:
-        return f"num_logprobs {params.num_logprobs} is more than the vocabulary of {vocab_size}"
-    return None

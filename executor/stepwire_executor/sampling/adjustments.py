@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from stepwire_executor.kernels.interface import RowAdjustments
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowAdjustments:
+    """Changes to the logits of one row, in the order they are applied."""
+
+    row: int
+    bias_token_ids: Tensor | None = None
+    """[num_biases] int64, added to by bias_values."""
+    bias_values: Tensor | None = None
+    """[num_biases] float32."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seen_token_ids: Tensor | None = None
+    """[num_seen] int64, distinct tokens of prompt and output, for the repetition penalty."""
+    output_counts: Tensor | None = None
+    """[num_seen] float32, how often each was generated, for presence and frequency."""
+    suppressed_token_ids: Tensor | None = None
+    """[num_suppressed] int64, cannot be sampled."""
 
 
-def apply_adjustments(logits: Tensor, adjustments: tuple[RowAdjustments, ...]) -> None:
+def apply_adjustments(logits: Tensor, adjustments: Iterable[RowAdjustments]) -> None:
     """Change rows of logits, [num_rows, vocab_size] float32, in place.
 
     Repetition penalty: Keskar et al. 2019 (divide positive logits, multiply negative ones);

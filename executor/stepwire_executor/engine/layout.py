@@ -1,0 +1,53 @@
+"""The query tokens of a step, laid out row by row from the slot table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stepwire_executor.errors import PlanError
+from stepwire_executor.slots import Int64Array, SlotTable, StepWork
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLayout:
+    """Work of a step over num_seqs sequences with num_tokens query tokens in all."""
+
+    slots: Int64Array
+    """[num_tokens], whose token it is."""
+    positions: Int64Array
+    """[num_tokens], place of each token in its sequence."""
+    slot_mapping: Int64Array
+    """[num_tokens], where each token's KV goes: block_id * block_size + offset."""
+    cu_seqlens_q: Int64Array
+    """[num_seqs + 1]."""
+    logit_rows: Int64Array
+    """[num_sampled], the last query row of each sequence that samples."""
+    max_query_len: int
+    """Most query tokens of a sequence."""
+
+
+def lay_out(slots: SlotTable, work: StepWork) -> StepLayout:
+    """Lay out a step's work, which must not be empty.
+
+    Raises PlanError where two tokens of the step would be stored in one place.
+    """
+    lengths = work.ends - work.starts
+    cu_seqlens_q = np.zeros(lengths.size + 1, np.int64)
+    np.cumsum(lengths, out=cu_seqlens_q[1:])
+    rows = np.repeat(work.slots, lengths)
+    positions = np.arange(cu_seqlens_q[-1]) - np.repeat(cu_seqlens_q[:-1] - work.starts, lengths)
+    block_size = slots.block_size
+    block_ids = slots.block_table[rows, positions // block_size].astype(np.int64)
+    slot_mapping = block_ids * block_size + positions % block_size
+    if np.unique(slot_mapping).size != slot_mapping.size:
+        raise PlanError("work_slots: two tokens of the step have the same place in the KV cache")
+    return StepLayout(
+        slots=rows,
+        positions=positions,
+        slot_mapping=slot_mapping,
+        cu_seqlens_q=cu_seqlens_q,
+        logit_rows=cu_seqlens_q[1:][work.is_sampled] - 1,
+        max_query_len=int(lengths.max()),
+    )

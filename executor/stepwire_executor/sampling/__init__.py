@@ -1,0 +1,1 @@
+"""What happens to logits around the sampler's kernel: parameters by slot, adjustments, logprobs."""

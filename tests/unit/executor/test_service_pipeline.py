@@ -1,0 +1,110 @@
+"""A device works on one step while the next is launched; nothing of that shows in the answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+import pytest
+from support.executor_fakes import (
+    GatedQueue,
+    admission,
+    expected_continuation,
+    make_executor,
+    step,
+)
+from support.executor_rank import Rank, open_stream, opened_stream, serving
+
+PROMPT = [5, 9, 2, 7, 1, 3]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2_000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("the condition did not come true in 10 s")
+
+
+def num_forwards(rank: Rank) -> int:
+    return rank.executor.decoder.num_forwards
+
+
+@pytest.mark.parametrize("engine_name", ["device", "graphs"])
+async def test_plans_are_launched_while_steps_run_and_answered_in_order(engine_name: str) -> None:
+    queue = GatedQueue()
+    executor = make_executor(engine_name=engine_name, queue=queue)  # type: ignore[arg-type]
+    async with serving(executor=executor) as rank:
+        stream = await opened_stream(rank)
+        queue.gate.clear()
+        await stream.send(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1, 2])]))
+        for step_id in (2, 3):
+            await stream.send(step(1, step_id, {0: 1}))
+        await until(lambda: num_forwards(rank) == 3)
+        reading = asyncio.ensure_future(stream.result())
+        await asyncio.sleep(0.05)
+        assert not reading.done()
+        queue.gate.set()
+        results = [await reading, await stream.result(), await stream.result()]
+        assert [result.step_id for result in results] == [1, 2, 3]
+        tokens = [token for result in results for token in result.sampled_token_ids]
+        assert tokens == expected_continuation(PROMPT, 3)
+        # Nothing is deferred any more: the next step takes the short way, behind them.
+        await stream.send(step(1, 4, {0: 1}))
+        assert list((await stream.result()).sampled_token_ids) == [
+            expected_continuation(PROMPT, 4)[3]
+        ]
+
+
+async def test_stopping_answers_every_launched_step_first() -> None:
+    queue = GatedQueue()
+    async with serving(executor=make_executor(engine_name="device", queue=queue)) as rank:
+        stream = await opened_stream(rank)
+        queue.gate.clear()
+        await stream.send(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+        await stream.send(step(1, 2, {0: 1}))
+        await until(lambda: num_forwards(rank) == 2)
+        rank.service.stop()
+        rank.compute.stop()
+        queue.gate.set()
+        assert [(await stream.result()).step_id for _ in range(2)] == [1, 2]
+        code, _ = await stream.status()
+        assert code == grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.to_thread(rank.compute.join, 10)
+
+
+async def test_an_epoch_opens_over_steps_that_still_run() -> None:
+    queue = GatedQueue()
+    async with serving(executor=make_executor(engine_name="device", queue=queue)) as rank:
+        older = await opened_stream(rank)
+        queue.gate.clear()
+        await older.send(step(1, 1, {0: 6}, admissions=[admission(0, [8] * 6, [0, 1])]))
+        await until(lambda: num_forwards(rank) == 1)
+        newer = await open_stream(rank, 2)
+        assert (await newer.receive()).epoch_opened.epoch == 2
+        await newer.send(step(2, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+        await until(lambda: num_forwards(rank) == 2)
+        queue.gate.set()
+        result = await newer.result()
+        assert (result.epoch, list(result.sampled_token_ids)) == (
+            2,
+            expected_continuation(PROMPT, 1),
+        )
+        assert not result.failures
+
+
+async def test_a_broken_device_ends_the_stream_and_is_told() -> None:
+    queue = GatedQueue()
+    async with serving(executor=make_executor(engine_name="device", queue=queue)) as rank:
+        stream = await opened_stream(rank)
+        queue.gate.clear()
+        await stream.send(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+        await until(lambda: num_forwards(rank) == 1)
+        queue.error = RuntimeError("an illegal memory access was encountered")
+        queue.gate.set()
+        code, details = await stream.status()
+        assert code == grpc.StatusCode.INTERNAL
+        assert "illegal" not in details
+        await until(lambda: bool(rank.broken))
+        assert rank.broken == ["an illegal memory access was encountered"]
