@@ -13,6 +13,12 @@ from stepwire_executor.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "STEPWIRE_EXECUTOR_"
 
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_MAX_NUM_SEQS = 64
+DEFAULT_DEVICE_BLOCK_SIZE = 64
+"""A page that holds a tile of keys spares the kernels a lookup for each row."""
+DEFAULT_DEVICE_MAX_NUM_SEQS = 256
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtypeName = Literal["auto", "fp8"]
 KernelsName = Literal["auto", "native", "triton", "reference"]
@@ -52,6 +58,25 @@ def _one_of(*choices: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"must be a number, not {text!r}") from None
+    if not 0 < value <= 1:
+        raise ValueError(f"must be above 0 and at most 1, not {text}")
+    return value
+
+
+def _device(text: str) -> str:
+    kind, separator, index = text.partition(":")
+    if text not in ("auto", "cpu", "cuda") and not (
+        kind == "cuda" and separator and index.isdecimal()
+    ):
+        raise ValueError(f"must be auto, cpu, cuda or cuda:N, not {text!r}")
+    return text
 
 
 def _boolean(text: str) -> bool:
@@ -109,6 +134,15 @@ class ExecutorConfig:
         ),
     )
     """Dtype of activations and of unquantised weights."""
+    device: str = field(
+        default="auto",
+        metadata=_setting(
+            _device,
+            "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one",
+            metavar="NAME",
+        ),
+    )
+    """What computes."""
     kv_cache_dtype: KVCacheDtypeName = field(
         default="auto",
         metadata=_setting(
@@ -116,16 +150,24 @@ class ExecutorConfig:
         ),
     )
     """Dtype of KV pages."""
-    block_size: int = field(
-        default=16,
-        metadata=_setting(_power_of_two(low=1, high=256), "tokens a KV block, a power of two"),
+    block_size: int | None = field(
+        default=None,
+        metadata=_setting(
+            _power_of_two(low=1, high=256),
+            f"tokens a KV block, a power of two (default: {DEFAULT_BLOCK_SIZE} on a CPU, "
+            f"{DEFAULT_DEVICE_BLOCK_SIZE} on a GPU)",
+        ),
     )
-    """Tokens a KV block."""
-    max_num_seqs: int = field(
-        default=64,
-        metadata=_setting(_integer(low=1, high=4_096), "most sequences in the slot table"),
+    """Tokens a KV block; None is the device's default."""
+    max_num_seqs: int | None = field(
+        default=None,
+        metadata=_setting(
+            _integer(low=1, high=4_096),
+            f"most sequences in the slot table (default: {DEFAULT_MAX_NUM_SEQS} on a CPU, "
+            f"{DEFAULT_DEVICE_MAX_NUM_SEQS} on a GPU)",
+        ),
     )
-    """Rows of the slot table."""
+    """Rows of the slot table; None is the device's default."""
     max_num_batched_tokens: int = field(
         default=2_048, metadata=_setting(_integer(low=1, high=131_072), "most tokens a step")
     )
@@ -135,10 +177,24 @@ class ExecutorConfig:
         metadata=_setting(_integer(low=1, high=16_777_216), "longest sequence in tokens"),
     )
     """Longest sequence in tokens, prompt and output; None is the model's own context."""
+    gpu_memory_utilization: float = field(
+        default=0.9,
+        metadata=_setting(
+            _fraction, "part of a GPU's memory that may be used in all", metavar="FRACTION"
+        ),
+    )
+    """Part of a GPU's memory that weights, activations and the KV pool may take together, counted
+    with what other processes have taken."""
+    enforce_eager: bool = field(
+        default=False,
+        metadata=_setting(_boolean, "launch every kernel of a GPU step: no CUDA graphs"),
+    )
+    """Whether decode steps on a GPU are launched kernel by kernel."""
     kv_cache_memory_bytes: int | None = field(
         default=None, metadata=_setting(_integer(low=1, high=1 << 50), "memory of the KV pool")
     )
-    """Bytes of the KV pool; None chooses from max_num_seqs and the memory available."""
+    """Bytes of the KV pool; None chooses: on a CPU from max_num_seqs and the memory available, on a
+    GPU all that gpu_memory_utilization leaves."""
     num_kv_blocks: int | None = field(
         default=None,
         metadata=_setting(_integer(low=1, high=(1 << 31) - 1), "blocks of the KV pool"),
@@ -270,7 +326,7 @@ def _contradictions(config: ExecutorConfig) -> list[str]:
     problems = []
     if config.kv_cache_memory_bytes is not None and config.num_kv_blocks is not None:
         problems.append("--kv-cache-memory-bytes and --num-kv-blocks exclude each other: drop one")
-    if config.max_num_batched_tokens < config.max_num_seqs:
+    if config.max_num_seqs is not None and config.max_num_batched_tokens < config.max_num_seqs:
         problems.append(
             f"--max-num-batched-tokens must be at least --max-num-seqs ({config.max_num_seqs}), "
             f"not {config.max_num_batched_tokens}"
@@ -281,6 +337,29 @@ def _contradictions(config: ExecutorConfig) -> list[str]:
             "listen on 127.0.0.1, or add --insecure on a network you trust"
         )
     return problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Sizes that depend on what computes."""
+
+    block_size: int
+    """Tokens a KV block."""
+    max_num_seqs: int
+    """Rows of the slot table."""
+    max_num_batched_tokens: int
+    """Most tokens a step."""
+
+
+def resolve_capacity(config: ExecutorConfig, *, is_gpu: bool) -> Capacity:
+    """Fill in the device's defaults; a step always has room for a token of every sequence."""
+    block_size = DEFAULT_DEVICE_BLOCK_SIZE if is_gpu else DEFAULT_BLOCK_SIZE
+    max_num_seqs = DEFAULT_DEVICE_MAX_NUM_SEQS if is_gpu else DEFAULT_MAX_NUM_SEQS
+    return Capacity(
+        block_size=config.block_size or block_size,
+        max_num_seqs=config.max_num_seqs or min(max_num_seqs, config.max_num_batched_tokens),
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

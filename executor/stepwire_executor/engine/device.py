@@ -7,6 +7,7 @@ work of a step is queued while the step before runs.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,24 +176,22 @@ class DeviceEngine:
         self._graphs = tuple(reversed(captured))
 
     @torch.inference_mode()
-    def run_padding(self, *, num_tokens: int, num_seqs: int) -> None:
+    def run_padding(self, lengths: Sequence[int]) -> None:
         """Run a step of nothing real, to compile its kernels or to see what memory it takes.
 
-        Its num_tokens are split evenly over num_seqs sequences; nothing is stored or kept.
+        lengths: query tokens of each sequence, at least one; nothing is stored or kept.
         """
+        ends, num_seqs = np.cumsum(lengths), len(lengths)
+        num_tokens = int(ends[-1])
         shape = StepShape(num_tokens, _next_power_of_two(num_seqs), num_seqs)
         values = padding_values(shape, self._max_num_seqs)
-        ends = np.arange(1, num_seqs + 1) * num_tokens // num_seqs
         values["cu_seqlens_q"][1:] = num_tokens
         values["cu_seqlens_q"][1 : num_seqs + 1] = ends
-        values["seq_lens"][:num_seqs] = np.diff(ends, prepend=0)
-        values["positions"][:] = np.arange(num_tokens) - np.repeat(
-            np.concatenate(([0], ends[:-1])), np.diff(ends, prepend=0)
-        )
+        values["seq_lens"][:num_seqs] = lengths
+        values["positions"][:] = np.arange(num_tokens) - np.repeat(ends - lengths, lengths)
         values["logit_rows"][:] = ends - 1
-        longest = -(-num_tokens // num_seqs)
         arrays = self._inputs.fill(shape, values)
-        hidden = self._hidden_states(arrays, max_query_len=longest)
+        hidden = self._hidden_states(arrays, max_query_len=max(lengths))
         self._sample_rows(hidden, arrays, None)
         self._queue.mark().wait()
 

@@ -152,6 +152,9 @@ class Kernels:
     """For logs and Describe: "native avx512_bf16", "reference"."""
     is_row_invariant: bool
     """Whether every operation's row result is independent of the other rows, bit for bit."""
+    is_capturable: bool
+    """Whether every launch is fixed by shapes and nothing waits for the device: what a captured
+    graph needs."""
     rms_norm: RMSNorm
     rope_and_write_kv: RopeAndWriteKV
     paged_attention: PagedAttention

@@ -89,6 +89,7 @@ def triton_kernels() -> Kernels:
     return Kernels(
         name="triton",
         is_row_invariant=True,
+        is_capturable=True,
         rms_norm=norm_triton.rms_norm,
         rope_and_write_kv=rope_triton.rope_and_write_kv,
         paged_attention=attention_triton.paged_attention,
@@ -104,6 +105,7 @@ def reference_kernels() -> Kernels:
     return Kernels(
         name="reference",
         is_row_invariant=False,
+        is_capturable=False,
         rms_norm=rms_norm,
         rope_and_write_kv=rope_and_write_kv,
         paged_attention=paged_attention,
@@ -119,6 +121,7 @@ def native_kernels(library: NativeLibrary) -> Kernels:
     return Kernels(
         name=f"native {library.features}",
         is_row_invariant=True,
+        is_capturable=False,
         rms_norm=make_rms_norm(library),
         rope_and_write_kv=make_rope_and_write_kv(library),
         paged_attention=make_paged_attention(library),

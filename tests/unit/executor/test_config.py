@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 from stepwire_executor.__main__ import main, set_thread_environment
-from stepwire_executor.config import ExecutorConfig, parse_config
+from stepwire_executor.config import ExecutorConfig, parse_config, resolve_capacity
 from stepwire_executor.errors import ConfigError
 
 
@@ -35,13 +35,17 @@ def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
         "kernels": "reference",
         "num_threads": "1",
         "load_format": "dummy",
+        "device": "cuda:1",
+        "gpu_memory_utilization": "0.5",
+        "enforce_eager": "true",
         "log_level": "debug",
     }
     names = {each.name for each in dataclasses.fields(ExecutorConfig)}
     assert names == set(values) | {"kv_cache_memory_bytes"}
-    argv = ["--insecure"]
+    switches = ("insecure", "enforce_eager")
+    argv = ["--" + name.replace("_", "-") for name in switches]
     for name, value in values.items():
-        if name != "insecure":
+        if name not in switches:
             argv += ["--" + name.replace("_", "-"), value]
     by_flag = parse_config(argv, {})
     by_environment = parse_config(
@@ -71,6 +75,13 @@ def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
         ("--kv-cache-memory-bytes", "4GB"),
         ("--kernels", "fast"),
         ("--num-threads", "0"),
+        ("--device", "tpu"),
+        ("--device", "cuda:"),
+        ("--device", "cpu:0"),
+        ("--gpu-memory-utilization", "0"),
+        ("--gpu-memory-utilization", "1.01"),
+        ("--gpu-memory-utilization", "nan"),
+        ("--gpu-memory-utilization", "most"),
         ("--load-format", "pickle"),
     ],
 )
@@ -111,6 +122,19 @@ def test_settings_that_contradict_each_other_are_refused(argv: list[str], reason
 @pytest.mark.parametrize("flag", ["--kernels", "--attention-backend"])
 def test_kernels_go_by_two_names(flag: str) -> None:
     assert parse_config(["--model", "m", flag, "triton"], {}).kernels == "triton"
+
+
+def test_a_gpu_has_larger_defaults_and_the_operator_the_last_word() -> None:
+    config = parse_config(["--model", "m"], {})
+    cpu, gpu = (resolve_capacity(config, is_gpu=is_gpu) for is_gpu in (False, True))
+    assert (cpu.block_size, cpu.max_num_seqs) == (16, 64)
+    assert (gpu.block_size, gpu.max_num_seqs) == (64, 256)
+    small = parse_config(["--model", "m", "--max-num-batched-tokens", "20"], {})
+    assert resolve_capacity(small, is_gpu=True).max_num_seqs == 20
+    chosen = parse_config(["--model", "m", "--block-size", "32", "--max-num-seqs", "3"], {})
+    for is_gpu in (False, True):
+        capacity = resolve_capacity(chosen, is_gpu=is_gpu)
+        assert (capacity.block_size, capacity.max_num_seqs) == (32, 3)
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:1", "[::1]:1", "127.9.9.9:1"])

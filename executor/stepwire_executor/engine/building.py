@@ -1,0 +1,213 @@
+"""Sizes the KV pool and joins model, pages, slot table and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+
+from stepwire_executor.config import Capacity, ExecutorConfig
+from stepwire_executor.device import peak_bytes, total_and_used_bytes
+from stepwire_executor.engine import StepEngine
+from stepwire_executor.engine.device import DeviceEngine
+from stepwire_executor.engine.device_queue import CudaQueue, DeviceQueue, HostQueue
+from stepwire_executor.engine.graphs import CudaGraphs, capture_sizes
+from stepwire_executor.engine.host import HostEngine
+from stepwire_executor.errors import ModelLoadError
+from stepwire_executor.host import available_memory_bytes
+from stepwire_executor.kernels.interface import Kernels
+from stepwire_executor.kv_cache import KVCache, bytes_per_block
+from stepwire_executor.memory import (
+    DeviceMemory,
+    KVCachePlan,
+    plan_device_kv_cache,
+    plan_kv_cache,
+)
+from stepwire_executor.model.loader import LoadedModel
+from stepwire_executor.slots import SlotTable
+
+GRAPH_BYTES = 4 << 20
+"""Kept for each captured batch size beside the largest one's activations."""
+_GIB = 1 << 30
+
+_log: Any = structlog.get_logger("stepwire_executor.engine.building")
+
+Built = tuple[StepEngine, KVCache, SlotTable]
+OnPhase = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What an engine is built from."""
+
+    config: ExecutorConfig
+    capacity: Capacity
+    model: LoadedModel
+    kernels: Kernels
+    device: torch.device
+    kv_dtype: torch.dtype
+    """Of KV pages."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a KV block over all layers."""
+        return bytes_per_block(**self._geometry)
+
+    def new_cache(self, num_blocks: int) -> KVCache:
+        """Allocate a pool; raises ModelLoadError where it does not fit."""
+        try:
+            return KVCache(num_blocks=num_blocks, device=self.device, **self._geometry)
+        except (MemoryError, RuntimeError):
+            raise ModelLoadError(
+                f"the KV cache of {num_blocks} blocks "
+                f"({num_blocks * self.block_bytes / _GIB:.2f} GiB) does not fit in memory: lower "
+                "--num-kv-blocks, --kv-cache-memory-bytes or --gpu-memory-utilization"
+            ) from None
+
+    def new_slots(self, *, num_blocks: int, max_model_len: int) -> SlotTable:
+        """Make an empty slot table."""
+        return SlotTable(
+            max_num_seqs=self.capacity.max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=self.capacity.max_num_batched_tokens,
+            num_blocks=num_blocks,
+            block_size=self.capacity.block_size,
+            vocab_size=self.model.config.vocab_size,
+        )
+
+    @property
+    def _geometry(self) -> dict[str, Any]:
+        return {
+            "num_layers": self.model.config.num_layers,
+            "num_kv_heads": self.model.config.num_kv_heads,
+            "block_size": self.capacity.block_size,
+            "head_dim": self.model.config.head_dim,
+            "dtype": self.kv_dtype,
+        }
+
+
+def build_host_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
+    """Build the engine of a CPU. Raises ModelLoadError."""
+    plan = _host_plan(parts)
+    cache = parts.new_cache(plan.num_blocks)
+    slots = parts.new_slots(num_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
+    engine = HostEngine(
+        decoder=parts.model.decoder,
+        sample=parts.kernels.sample,
+        cache=cache,
+        max_num_seqs=slots.max_num_seqs,
+        vocab_size=slots.vocab_size,
+    )
+    return engine, cache, slots
+
+
+def build_device_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
+    """Build the engine of a GPU, compile its kernels and capture its graphs.
+
+    on_phase: told what is being done. Raises ModelLoadError.
+    """
+    is_gpu = parts.device.type == "cuda"
+    queue: DeviceQueue = CudaQueue(parts.device) if is_gpu else HostQueue()
+    try:
+        if not is_gpu:
+            plan = _host_plan(parts)
+        else:
+            on_phase("compile kernels")
+            plan = _warn(_measured_plan(parts, queue))
+        cache = parts.new_cache(plan.num_blocks)
+        slots = parts.new_slots(num_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
+        engine = _device_engine(parts, queue, cache, slots)
+        if is_gpu and _is_captured(parts):
+            on_phase("capture graphs")
+            graph_bytes = peak_bytes(parts.device, lambda: engine.capture(CudaGraphs()))
+            _log.info("graphs_captured", mib=graph_bytes >> 20)
+    except torch.OutOfMemoryError:
+        raise ModelLoadError(
+            "the GPU's memory ran out while steps were tried: lower --gpu-memory-utilization "
+            f"(now {parts.config.gpu_memory_utilization}), --max-num-batched-tokens (now "
+            f"{parts.capacity.max_num_batched_tokens}) or --max-num-seqs (now "
+            f"{parts.capacity.max_num_seqs}), or add --enforce-eager"
+        ) from None
+    return engine, cache, slots
+
+
+def _host_plan(parts: EngineParts) -> KVCachePlan:
+    return _warn(
+        plan_kv_cache(
+            parts.config,
+            parts.capacity,
+            max_model_len=parts.model.max_model_len,
+            block_bytes=parts.block_bytes,
+            available_bytes=available_memory_bytes(),
+        )
+    )
+
+
+def _warn(plan: KVCachePlan) -> KVCachePlan:
+    if plan.warning is not None:
+        _log.warning("kv_cache_small", detail=plan.warning)
+    return plan
+
+
+def _is_captured(parts: EngineParts) -> bool:
+    return parts.kernels.is_capturable and not parts.config.enforce_eager
+
+
+def _device_engine(
+    parts: EngineParts, queue: DeviceQueue, cache: KVCache, slots: SlotTable
+) -> DeviceEngine:
+    return DeviceEngine(
+        decoder=parts.model.decoder,
+        sample=parts.kernels.sample,
+        cache=cache,
+        slots=slots,
+        queue=queue,
+    )
+
+
+def _measured_plan(parts: EngineParts, queue: DeviceQueue) -> KVCachePlan:
+    """Run the largest steps over a pool of one block and see what they leave.
+
+    Compiles on the way what any later step launches: kernels differ by the number of sequences,
+    rounded up to a power of two, and by whether a sequence is prefilled.
+    """
+    capacity, device = parts.capacity, parts.device
+    slots = parts.new_slots(num_blocks=1, max_model_len=parts.model.max_model_len)
+    engine = _device_engine(parts, queue, parts.new_cache(1), slots)
+    total_bytes, used_bytes = total_and_used_bytes(device)
+
+    def run_steps() -> None:
+        num_seqs = 1
+        while True:
+            longest = min(capacity.max_num_batched_tokens - num_seqs + 1, slots.max_model_len)
+            engine.run_padding([longest] + [1] * (num_seqs - 1))
+            if num_seqs == capacity.max_num_seqs:
+                return
+            num_seqs = min(2 * num_seqs, capacity.max_num_seqs)
+
+    activation_bytes = peak_bytes(device, run_steps)
+    decode_bytes = peak_bytes(device, lambda: engine.run_padding([1] * capacity.max_num_seqs))
+    num_graphs = len(capture_sizes(capacity.max_num_seqs))
+    memory = DeviceMemory(
+        total_bytes=total_bytes,
+        used_bytes=used_bytes,
+        activation_bytes=activation_bytes,
+        graph_bytes=decode_bytes + GRAPH_BYTES * num_graphs if _is_captured(parts) else 0,
+    )
+    _log.info(
+        "device_memory",
+        total_mib=total_bytes >> 20,
+        used_mib=used_bytes >> 20,
+        activation_mib=activation_bytes >> 20,
+        graph_mib=memory.graph_bytes >> 20,
+    )
+    return plan_device_kv_cache(
+        parts.config,
+        capacity,
+        memory,
+        max_model_len=slots.max_model_len,
+        block_bytes=parts.block_bytes,
+    )
