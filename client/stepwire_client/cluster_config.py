@@ -34,6 +34,12 @@ class ClusterConfig:
     """Most tokens a step."""
     max_model_len: int | None = None
     """Most tokens of a sequence, prompt and output together."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N."""
+    gpu_memory_utilization: float | None = None
+    """Part of a GPU's memory that may be used in all."""
+    enforce_eager: bool | None = None
+    """Launches every kernel of a GPU step: no CUDA graphs."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV pool in bytes."""
     num_kv_blocks: int | None = None
@@ -76,13 +82,18 @@ class ClusterConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "max_model_len",
+            "device",
+            "gpu_memory_utilization",
             "kv_cache_memory_bytes",
             "num_kv_blocks",
             "kernels",
             "num_threads",
             "load_format",
         )
-        return ["--model", str(self.model), "--listen", listen, *self._flags(names)]
+        arguments = ["--model", str(self.model), "--listen", listen, *self._flags(names)]
+        if self.enforce_eager:
+            arguments.append("--enforce-eager")
+        return arguments
 
     def scheduler_arguments(self, *, executor: str) -> list[str]:
         """Flags of the scheduler process; limits that the executor knows come from there."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stepwire_executor.config import ExecutorConfig, resolve_capacity
 from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kv_cache import FP8_DTYPE
 from stepwire_executor.model.loader import (
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
             load_format=options.load_format,
+            gpu_memory_bytes=options.gpu_memory_bytes,
+            gpu_memory_utilization=options.gpu_memory_utilization,
         )
     except ModelLoadError as error:
         sys.stderr.write(f"{error}\n")
@@ -52,16 +55,29 @@ def plan_model(
     *,
     dtype: str,
     kv_cache_dtype: str,
-    block_size: int,
+    block_size: int | None,
     max_num_batched_tokens: int,
-    max_num_seqs: int,
+    max_num_seqs: int | None,
     max_model_len: int | None,
     load_format: str,
+    gpu_memory_bytes: int | None = None,
+    gpu_memory_utilization: float = 0.9,
 ) -> dict[str, Any]:
     """The model's memory plan and the facts it rests on, ready for JSON.
 
+    gpu_memory_bytes: of the GPU to plan for, whose KV pool is added; None plans for a CPU.
     Reads headers only. Raises ModelLoadError for what load_model would refuse.
     """
+    is_gpu = gpu_memory_bytes is not None
+    capacity = resolve_capacity(
+        ExecutorConfig(
+            model=str(path),
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        ),
+        is_gpu=is_gpu,
+    )
     config, source = open_checkpoint(path, "dummy" if load_format == "dummy" else "auto")
     try:
         check_tensors(config, source)
@@ -76,11 +92,24 @@ def plan_model(
         config,
         dtype=resolved_dtype,
         kv_cache_dtype=kv_dtype,
-        block_size=block_size,
+        block_size=capacity.block_size,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=capacity.max_num_seqs,
         max_model_len=context,
+        is_gpu=is_gpu,
     )
+    pool: dict[str, Any] = {}
+    if gpu_memory_bytes is not None:
+        room = int(gpu_memory_bytes * gpu_memory_utilization)
+        room -= plan.weight_bytes + plan.activation_bytes
+        num_blocks = max(0, room // plan.kv_bytes_per_block)
+        pool = {
+            "gpu_memory_bytes": gpu_memory_bytes,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "num_kv_blocks": num_blocks,
+            "kv_cache_bytes": num_blocks * plan.kv_bytes_per_block,
+            "kv_cache_tokens": num_blocks * plan.block_size,
+        }
     return {
         "architecture": config.architecture,
         "dtype": str(resolved_dtype).removeprefix("torch."),
@@ -90,6 +119,7 @@ def plan_model(
         "max_position_embeddings": config.max_position_embeddings,
         "max_model_len": context,
         **dataclasses.asdict(plan),
+        **pool,
     }
 
 
@@ -101,11 +131,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="directory or .gguf file")
     parser.add_argument("--dtype", choices=["auto", *SUPPORTED_DTYPES], default="auto")
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
-    parser.add_argument("--block-size", type=_positive, default=16, help="tokens a KV block")
+    parser.add_argument("--block-size", type=_positive, default=None, help="tokens a KV block")
     parser.add_argument("--max-num-batched-tokens", type=_positive, default=2048)
-    parser.add_argument("--max-num-seqs", type=_positive, default=64)
+    parser.add_argument("--max-num-seqs", type=_positive, default=None)
     parser.add_argument("--max-model-len", type=_positive, default=None, help="tokens")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    parser.add_argument(
+        "--gpu-memory-bytes", type=_positive, default=None, help="plan for a GPU of this memory"
+    )
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="part to use")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 

@@ -41,6 +41,12 @@ class ClusterOptions:
     """Most tokens of a sequence, prompt and output."""
     block_size: int | None = None
     """Tokens a KV block."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N."""
+    gpu_memory_utilization: float | None = None
+    """Part of a GPU's memory that may be used in all."""
+    enforce_eager: Annotated[bool | None, Parameter(negative=())] = None
+    """Launch every kernel of a GPU step: no CUDA graphs."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV pool in bytes."""
     num_kv_blocks: int | None = None

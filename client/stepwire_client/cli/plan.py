@@ -15,7 +15,7 @@ from stepwire_client.cli.session import fetch_model
 from stepwire_client.cluster_config import Dtype, KVCacheDtype
 from stepwire_client.errors import ModelError
 
-DEFAULT_MAX_NUM_SEQS = 64
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
 
 
 def plan(
@@ -27,7 +27,9 @@ def plan(
     block_size: int | None = None,
     max_num_batched_tokens: int | None = None,
     max_model_len: int | None = None,
-    max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+    max_num_seqs: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
     """Show the memory that a model needs, without loading it.
@@ -47,24 +49,34 @@ def plan(
     max_model_len
         Tokens of a sequence to plan for; the model's context if not given.
     max_num_seqs
-        Sequences to plan for.
+        Sequences to plan for; 64, or 256 on a GPU.
+    gpu_memory_bytes
+        Memory of the GPU to plan for; this machine's memory if not given.
+    gpu_memory_utilization
+        Part of the GPU's memory that may be used in all.
     as_json
         Print one JSON object.
     """
     path = fetch_model(model)
-    flags = {
+    flags: dict[str, object] = {
         "--dtype": dtype,
         "--kv-cache-dtype": kv_cache_dtype,
         "--block-size": block_size,
         "--max-num-batched-tokens": max_num_batched_tokens,
+        "--max-num-seqs": max_num_seqs,
     }
+    if gpu_memory_bytes is not None:
+        flags["--gpu-memory-bytes"] = gpu_memory_bytes
+        flags["--gpu-memory-utilization"] = gpu_memory_utilization
     numbers = _ask_executor(str(path), {k: v for k, v in flags.items() if v is not None})
     context = max_model_len or int(numbers["max_position_embeddings"])
+    available = host.available_memory_bytes()
+    if gpu_memory_bytes is not None:
+        available = int(gpu_memory_bytes * gpu_memory_utilization)
     result = numbers | {
         "max_model_len": context,
-        "max_num_seqs": max_num_seqs,
-        "kv_bytes": int(numbers["kv_bytes_per_token"]) * context * max_num_seqs,
-        "available_bytes": host.available_memory_bytes(),
+        "kv_bytes": int(numbers["kv_bytes_per_token"]) * context * numbers["max_num_seqs"],
+        "available_bytes": available,
     }
     if as_json:
         print(json.dumps(result))
@@ -86,6 +98,8 @@ def table(numbers: dict[str, Any]) -> str:
     if available is not None:
         rows.append(("available", host.in_bytes(available)))
     rows.append(("KV a token", host.in_bytes(numbers["kv_bytes_per_token"])))
+    if "kv_cache_bytes" in numbers:
+        rows.append(("KV pool", host.in_bytes(numbers["kv_cache_bytes"])))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value:>12}" for name, value in rows]
     if available is not None:

@@ -80,11 +80,12 @@ class Decoder:
 
     @property
     def num_weight_bytes(self) -> int:
-        """Bytes of all weights on the device."""
+        """Bytes of all weights on the device; a head that is the embedding counts once."""
+        is_shared = getattr(self._head, "values", None) is self._embedding
         return (
             self._embedding.nbytes
             + self._final_norm.nbytes
-            + self._head.num_bytes
+            + (0 if is_shared else self._head.num_bytes)
             + sum(layer.num_bytes for layer in self._layers)
         )
 

@@ -17,7 +17,7 @@ from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.decoder import Decoder, ProgressCallback
 from stepwire_executor.model.gguf_config import read_gguf_config
 from stepwire_executor.model.hf_config import read_hf_config
-from stepwire_executor.model.locate import find_gguf
+from stepwire_executor.model.locate import find_gguf, find_shape
 from stepwire_executor.model.weights.dummy import DummyWeights
 from stepwire_executor.model.weights.expected import check_tensors
 from stepwire_executor.model.weights.gguf import GGUFWeights
@@ -102,6 +102,8 @@ def open_checkpoint(
     path: Path, load_format: LoadFormat = "auto"
 ) -> tuple[ModelConfig, WeightSource]:
     """Read a checkpoint's config and headers, no weights. Raises ModelLoadError."""
+    if load_format == "dummy":
+        path = find_shape(path)
     gguf_path = find_gguf(path)
     if gguf_path is None:
         config = read_hf_config(path)

@@ -13,6 +13,8 @@ from stepwire_executor.model.weights.expected import expected_tensors
 
 _LOGIT_COPIES = 2
 """The sampler holds float32 scores beside the logits."""
+_MAX_SPLITS = 64
+"""Parts that a GPU's attention kernel cuts a context into at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +24,10 @@ class MemoryPlan:
     num_parameters: int
     """Elements of the checkpoint; a tied table counts once."""
     weight_bytes: int
-    """As packed; a tied table counts twice, once for lookup and once laid out as the head."""
+    """As packed; on a CPU a tied table counts twice, for lookup and laid out as the head."""
     activation_bytes: int
     """Most that a step holds beside weights and KV: the layers' buffers or the logits, and the
-    rotary table."""
+    rotary table; on a GPU the tables of slots too."""
     kv_bytes_per_block: int
     """Over all layers, scales included."""
     kv_bytes_per_token: int
@@ -47,13 +49,15 @@ def estimate_memory(
     max_num_batched_tokens: int,
     max_num_seqs: int,
     max_model_len: int,
+    is_gpu: bool = False,
 ) -> MemoryPlan:
-    """Add up tensors by shape.
+    """Add up tensors by shape; what CUDA takes for itself is not in it.
 
     dtype: of weights and activations. kv_cache_dtype: of KV pages, float8_e4m3fn for fp8.
     """
+    is_copied = config.tie_word_embeddings and not is_gpu
     num_parameters = sum(math.prod(shape) for shape in expected_tensors(config).values())
-    table_copies = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    table_copies = config.vocab_size * config.hidden_size if is_copied else 0
     block_bytes = bytes_per_block(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -68,13 +72,24 @@ def estimate_memory(
             max_num_batched_tokens * _widest_token(config) * dtype.itemsize,
             max_num_seqs * config.vocab_size * 4 * _LOGIT_COPIES,
         )
-        + max_model_len * config.rope.rotary_dim * 4,
+        + max_model_len * config.rope.rotary_dim * 4
+        + (_device_bytes(config, max_num_seqs, max_model_len, block_size) if is_gpu else 0),
         kv_bytes_per_block=block_bytes,
         kv_bytes_per_token=block_bytes // block_size,
         block_size=block_size,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
     )
+
+
+def _device_bytes(
+    config: ModelConfig, max_num_seqs: int, max_model_len: int, block_size: int
+) -> int:
+    """Tables of slots on a GPU, and what attention keeps of each part of a context."""
+    token_counts = (max_num_seqs + 1) * config.vocab_size * 4
+    block_table = (max_num_seqs + 1) * math.ceil(max_model_len / block_size) * 4
+    split_rows = max_num_seqs * config.num_heads * min(_MAX_SPLITS, math.ceil(max_model_len / 512))
+    return token_counts + 2 * block_table + split_rows * (config.head_dim + 2) * 4
 
 
 def _widest_token(config: ModelConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from stepwire_executor import plan
+from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kernels import Kernels, select_kernels
 from stepwire_executor.kv_cache import KVCache
 from stepwire_executor.model import LoadedModel, load_model
+from stepwire_executor.model.hf_config import read_hf_config
+from stepwire_executor.model.loader import open_checkpoint
+from stepwire_executor.model.locate import SHAPES
+from stepwire_executor.model.weights.dummy import DummyWeights
 from support.model_steps import CPU, ModelSteps, SteppedSequence
 
 CONFIG = transformers.Qwen2Config(
@@ -144,6 +150,65 @@ def test_dummy_weights_need_a_config_only_and_repeat(
     assert torch.equal(*logits)
     assert logits[0].isfinite().all()
     assert logits[0].std() > 0
+
+
+def test_dummy_weights_of_a_row_do_not_depend_on_where_reading_starts() -> None:
+    config = read_hf_config(SHAPES / "qwen2.5-0.5b")
+    name = "model.layers.3.mlp.down_proj.weight"
+    weights = DummyWeights(config)
+    whole = torch.empty(config.hidden_size, config.intermediate_size)
+    weights.load_into(name, whole)
+    part = torch.empty(40, config.intermediate_size)
+    weights.load_into(name, part, 300)
+    assert torch.equal(part, whole[300:340])
+    assert whole.unique(dim=0).shape == whole.shape
+    assert 0.015 < whole.std() < 0.025
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_parameters"),
+    # As the models' authors state them.
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-0.5b", 494_032_768),
+    ],
+)
+def test_shapes_of_known_models_have_their_number_of_parameters(
+    shape: str, num_parameters: int
+) -> None:
+    config, source = open_checkpoint(Path(shape), "dummy")
+    assert sum(math.prod(info.shape) for info in source.tensors.values()) == num_parameters
+    assert config.checkpoint_dtype == "bfloat16"
+
+
+def test_an_unknown_shape_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(ModelLoadError, match=r"llama-3\.1-8b, qwen2\.5-0\.5b, qwen2\.5-7b"):
+        open_checkpoint(Path("gpt-5"), "dummy")
+    with pytest.raises(ModelLoadError, match="does not exist"):
+        open_checkpoint(Path("llama-3.1-8b"))
+
+
+def test_a_gpus_plan_counts_its_pool_and_a_tied_table_once() -> None:
+    plans = {}
+    for memory in (None, 80 << 30):
+        plans[memory] = plan.plan_model(
+            Path("qwen2.5-0.5b"),
+            dtype="auto",
+            kv_cache_dtype="auto",
+            block_size=None,
+            max_num_batched_tokens=2048,
+            max_num_seqs=None,
+            max_model_len=None,
+            load_format="dummy",
+            gpu_memory_bytes=memory,
+        )
+    cpu, gpu = plans[None], plans[80 << 30]
+    assert gpu["weight_bytes"] == 2 * gpu["num_parameters"] < cpu["weight_bytes"]
+    assert (cpu["block_size"], gpu["block_size"]) == (16, 64)
+    assert "num_kv_blocks" not in cpu
+    taken = gpu["weight_bytes"] + gpu["activation_bytes"] + gpu["kv_cache_bytes"]
+    assert 0 <= 0.9 * (80 << 30) - taken < gpu["kv_bytes_per_block"]
 
 
 def test_a_step_without_logit_rows_writes_kv_and_returns_none(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping
 
@@ -12,9 +13,15 @@ from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.weights.expected import expected_tensors
 from stepwire_executor.model.weights.source import TensorInfo
 
+_NUM_DRAWN = 1_048_573
+"""Normal numbers that all weights repeat; a prime, so that rows of a matrix differ.
+
+Drawing every weight of a model of eight billion would take minutes.
+"""
+
 
 class DummyWeights:
-    """A WeightSource that draws small normal numbers, the same for the same name."""
+    """A WeightSource of small normal numbers, the same for the same name and place."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.tensors: Mapping[str, TensorInfo] = {
@@ -23,12 +30,18 @@ class DummyWeights:
         }
 
     def load_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
-        """See WeightSource; every row range is drawn afresh."""
+        """See WeightSource."""
         if name.endswith("norm.weight"):
             out.fill_(1.0)
             return
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{first_row}".encode()))
-        out.normal_(0.0, 0.02, generator=generator)
+        row_size = out[0].numel() if out.ndim > 1 else 1
+        place = (zlib.crc32(name.encode()) + first_row * row_size) % _NUM_DRAWN
+        flat, numbers = out.view(-1), _drawn(out.dtype)
+        start = 0
+        while start < flat.numel():
+            size = min(_NUM_DRAWN - place, flat.numel() - start)
+            flat[start : start + size] = numbers[place : place + size]
+            start, place = start + size, 0
 
     def sample(self, name: str) -> bytes:
         """See WeightSource."""
@@ -36,3 +49,9 @@ class DummyWeights:
 
     def close(self) -> None:
         """See WeightSource."""
+
+
+@functools.cache
+def _drawn(dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.empty(_NUM_DRAWN).normal_(0.0, 0.02, generator=generator).to(dtype)
