@@ -53,6 +53,8 @@ class PagedEchoDecoder:
 
     def __init__(self) -> None:
         self.num_forwards = 0
+        self.num_poisoned_forwards = 0
+        """How many of the next forwards give NaN."""
         self.before_forward: Callable[[], None] | None = None
 
     def hidden_states(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -76,8 +78,9 @@ class PagedEchoDecoder:
             tokens = pages[batch.block_table[index].clamp(min=0).long()].view(-1)[:length]
             ids = [int(token) for token in tokens]
             logits[row, expected_token(ids)] = 10.0
-            if POISON_TOKEN in ids:
+            if POISON_TOKEN in ids or self.num_poisoned_forwards > 0:
                 logits[row] = float("nan")
+        self.num_poisoned_forwards -= 1
         return logits
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -102,17 +105,18 @@ class GreedySampler:
 
 
 class GatedMark:
-    """Reached once the gate is open."""
+    """Reached once the gate that the queue had is open."""
 
     def __init__(self, queue: GatedQueue) -> None:
         self._queue = queue
+        self._gate = queue.gate
 
     @property
     def is_reached(self) -> bool:
-        return self._queue.gate.is_set()
+        return self._gate.is_set()
 
     def wait(self) -> None:
-        assert self._queue.gate.wait(10)
+        assert self._gate.wait(10)
         if self._queue.error is not None:
             raise self._queue.error
 

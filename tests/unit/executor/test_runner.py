@@ -295,6 +295,33 @@ def test_a_failed_slot_leaves_its_neighbours_alone_and_stays_failed_until_releas
     assert tokens_of(result) == {1: expected_continuation([6], 1)[0]}
 
 
+def test_a_failed_slot_stays_failed_when_its_logits_recover(executor: FakeExecutor) -> None:
+    executor.decoder.num_poisoned_forwards = 1
+    result = executor.runner.execute(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+    assert [failure.slot for failure in result.failures] == [0]
+    result = executor.runner.execute(step(1, 2, {0: 1}))
+    assert [failure.slot for failure in result.failures] == [0]
+    assert not result.sampled_token_ids
+
+
+def test_penalties_forget_the_sequence_that_had_the_slot_before(executor: FakeExecutor) -> None:
+    params = sampling_params(presence_penalty=0.5, repetition_penalty=2.0)
+    executor.runner.execute(
+        step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1], params=params)])
+    )
+    other = [50, 51]
+    executor.runner.execute(
+        step(1, 2, {0: 2}, released=[0], admissions=[admission(0, other, [0], params=params)])
+    )
+    logits = executor.sampler.logits[-1][0]
+    likeliest = expected_token(other)
+    for token_id in range(VOCAB_SIZE):
+        expected = 10.0 if token_id == likeliest else -10.0
+        if token_id in other:
+            expected *= 2.0
+        assert float(logits[token_id]) == expected
+
+
 def test_a_plan_without_work_runs_no_model(executor: FakeExecutor) -> None:
     result = executor.runner.execute(step(1, 1, admissions=[admission(0, PROMPT, [0, 1])]))
     assert (result.epoch, result.step_id) == (1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import grpc
@@ -72,6 +73,22 @@ async def test_stopping_answers_every_launched_step_first() -> None:
         code, _ = await stream.status()
         assert code == grpc.StatusCode.UNAVAILABLE
         assert await asyncio.to_thread(rank.compute.join, 10)
+
+
+async def test_a_step_seen_done_does_not_overtake_the_one_before() -> None:
+    queue = GatedQueue()
+    async with serving(executor=make_executor(engine_name="device", queue=queue)) as rank:
+        stream = await opened_stream(rank)
+        first, later = threading.Event(), threading.Event()
+        queue.gate = first
+        later.set()
+        await stream.send(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+        await until(lambda: num_forwards(rank) == 1)
+        queue.gate = later
+        await stream.send(step(1, 2, {0: 1}))
+        await until(lambda: num_forwards(rank) == 2)
+        first.set()
+        assert [(await stream.result()).step_id for _ in range(2)] == [1, 2]
 
 
 async def test_an_epoch_opens_over_steps_that_still_run() -> None:
