@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,7 +150,7 @@ class DeviceEngine:
         captured = []
         for size in reversed(capture_sizes(self._max_num_seqs)):
             shape = StepShape(size, size, size)
-            arrays = self._inputs.fill(shape, padding_values(shape, self._max_num_seqs))
+            arrays = self._inputs.fill(shape, padding_values([], self._max_num_seqs))
             # Kernels are compiled here, outside the capture.
             self._sample_rows(self._hidden_states(arrays, max_query_len=1), arrays, None)
 
@@ -181,16 +180,8 @@ class DeviceEngine:
 
         lengths: query tokens of each sequence, at least one; nothing is stored or kept.
         """
-        ends, num_seqs = np.cumsum(lengths), len(lengths)
-        num_tokens = int(ends[-1])
-        shape = StepShape(num_tokens, _next_power_of_two(num_seqs), num_seqs)
-        values = padding_values(shape, self._max_num_seqs)
-        values["cu_seqlens_q"][1:] = num_tokens
-        values["cu_seqlens_q"][1 : num_seqs + 1] = ends
-        values["seq_lens"][:num_seqs] = lengths
-        values["positions"][:] = np.arange(num_tokens) - np.repeat(ends - lengths, lengths)
-        values["logit_rows"][:] = ends - 1
-        arrays = self._inputs.fill(shape, values)
+        shape = StepShape(sum(lengths), _next_power_of_two(len(lengths)), len(lengths))
+        arrays = self._inputs.fill(shape, padding_values(lengths, self._max_num_seqs))
         hidden = self._hidden_states(arrays, max_query_len=max(lengths))
         self._sample_rows(hidden, arrays, None)
         self._queue.mark().wait()
@@ -220,7 +211,7 @@ class DeviceEngine:
         if graph is not None:
             shape = graph.shape
         special = self._special_rows(work, slots)
-        arrays = self._inputs.fill(shape, step_values(shape, layout, work, slots))
+        arrays = self._inputs.fill(shape, step_values(layout, work, slots))
         started = self._queue.mark()
         if graph is not None:
             graph.replay_hidden()

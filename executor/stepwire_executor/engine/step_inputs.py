@@ -6,19 +6,20 @@ Steps of one shape find every array at the same address, as a captured graph nee
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stepwire_executor.engine.device_queue import DeviceQueue
 from stepwire_executor.engine.layout import StepLayout
-from stepwire_executor.slots import SlotTable, StepWork
+from stepwire_executor.slots import Int64Array, SlotTable, StepWork
 
+StepValues: TypeAlias = Mapping[str, tuple[Int64Array, int]]
+"""For each of StepArrays: its values, and what pads them."""
 _ALIGNMENT = 16
 """Bytes; kernels are compiled for pointers that are aligned so."""
 
@@ -79,7 +80,6 @@ class StepInputs:
         """Make room for the largest shape."""
         self._queue = queue
         self._bytes = torch.zeros(_num_bytes(largest), dtype=torch.uint8, device=queue.device)
-        self._views: dict[StepShape, StepArrays] = {}
 
     def arrays(self, shape: StepShape) -> StepArrays:
         """The arrays of a shape, wherever their values are from."""
@@ -91,50 +91,57 @@ class StepInputs:
             start = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
         return StepArrays(**views)
 
-    def fill(self, shape: StepShape, values: Mapping[str, npt.NDArray[Any]]) -> StepArrays:
-        """Bring the values of a step to the device; padded to shape already."""
-        block = np.zeros(_num_bytes(shape), np.uint8)
+    def fill(self, shape: StepShape, values: StepValues) -> StepArrays:
+        """Bring the values of a step to the device, padded to shape."""
+        block = np.empty(_num_bytes(shape), np.uint8)
         start = 0
         for name, (size, dtype) in _sizes(shape).items():
             end = start + size * dtype.itemsize
-            block[start:end].view(np.int64 if dtype == torch.int64 else np.int32)[:] = values[name]
+            view = block[start:end].view(np.int64 if dtype == torch.int64 else np.int32)
+            given, padding = values[name]
+            view[: given.size] = given
+            view[given.size :] = padding
             start = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
         self._bytes[: block.size].copy_(self._queue.upload(block))
         return self.arrays(shape)
 
 
-def step_values(
-    shape: StepShape, layout: StepLayout, work: StepWork, slots: SlotTable
-) -> dict[str, npt.NDArray[Any]]:
-    """The values of StepArrays for a step, padded to shape."""
+def step_values(layout: StepLayout, work: StepWork, slots: SlotTable) -> StepValues:
+    """The values of StepArrays for a step."""
     padding_slot = slots.max_num_seqs
     token_ids = slots.token_ids[layout.slots, layout.positions].astype(np.int64)
     is_sampled_here = layout.positions >= slots.num_admitted_tokens[layout.slots]
     token_ids[is_sampled_here] = -1 - layout.slots[is_sampled_here]
     return {
-        "token_ids": _padded(token_ids, shape.num_tokens, 0),
-        "positions": _padded(layout.positions, shape.num_tokens, 0),
-        "slot_mapping": _padded(layout.slot_mapping, shape.num_tokens, -1),
-        "slots": _padded(work.slots, shape.num_seqs, padding_slot),
-        "logit_rows": _padded(layout.logit_rows, shape.num_rows, 0),
-        "sampled_slots": _padded(work.sampled_slots, shape.num_rows, padding_slot),
-        "sampled_positions": _padded(work.ends[work.is_sampled], shape.num_rows, 0),
-        "cu_seqlens_q": _padded(layout.cu_seqlens_q, shape.num_seqs + 1, layout.cu_seqlens_q[-1]),
-        "seq_lens": _padded(work.ends, shape.num_seqs, 0),
+        "token_ids": (token_ids, 0),
+        "positions": (layout.positions, 0),
+        "slot_mapping": (layout.slot_mapping, -1),
+        "slots": (work.slots, padding_slot),
+        "logit_rows": (layout.logit_rows, 0),
+        "sampled_slots": (work.sampled_slots, padding_slot),
+        "sampled_positions": (work.ends[work.is_sampled], 0),
+        "cu_seqlens_q": (layout.cu_seqlens_q, int(layout.cu_seqlens_q[-1])),
+        "seq_lens": (work.ends, 0),
     }
 
 
-def padding_values(shape: StepShape, padding_slot: int) -> dict[str, npt.NDArray[Any]]:
-    """The values of a step of shape in which nothing is real."""
-    fills = {"slot_mapping": -1, "slots": padding_slot, "sampled_slots": padding_slot}
+def padding_values(lengths: Sequence[int], padding_slot: int) -> StepValues:
+    """The values of a step in which nothing is real; lengths: query tokens of each sequence."""
+    sizes = np.array(lengths, np.int64)
+    ends = np.cumsum(sizes)
+    num_tokens = int(sizes.sum())
+    padding = np.full(sizes.size, padding_slot, np.int64)
     return {
-        name: np.full(size, fills.get(name, 0), np.int64)
-        for name, (size, _) in _sizes(shape).items()
+        "token_ids": (np.zeros(num_tokens, np.int64), 0),
+        "positions": (np.arange(num_tokens) - np.repeat(ends - sizes, sizes), 0),
+        "slot_mapping": (np.full(num_tokens, -1), -1),
+        "slots": (padding, padding_slot),
+        "logit_rows": (ends - 1, 0),
+        "sampled_slots": (padding, padding_slot),
+        "sampled_positions": (sizes, 0),
+        "cu_seqlens_q": (np.concatenate(([0], ends)), num_tokens),
+        "seq_lens": (sizes, 0),
     }
-
-
-def _padded(values: npt.NDArray[Any], size: int, fill: int) -> npt.NDArray[Any]:
-    return np.pad(values, (0, size - values.size), constant_values=fill)
 
 
 def _num_bytes(shape: StepShape) -> int:
