@@ -14,12 +14,18 @@ pytest.importorskip("triton")
 
 from stepwire_executor.kernels.linear import triton as linear_triton  # noqa: E402 # after the skip
 from stepwire_executor.kernels.linear import triton_tiles  # noqa: E402
+from stepwire_executor.kernels.linear.triton_count import (  # noqa: E402
+    LAYERS,
+    count_launch,
+    main,
+)
 from stepwire_executor.kernels.linear.triton_tiles import (  # noqa: E402
     BLOCK_K,
+    ONE_WIDTH_TILES,
     Chunks,
-    Tile,
     Tiles,
     chunks,
+    num_stages_of,
     tile_of,
 )
 
@@ -147,20 +153,21 @@ def test_arrivals_are_zero_after_every_launch() -> None:
         assert not weight.arrivals.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_kind_of_tile_for_all_rows_changes_no_bit(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensor = torch.randn(SPLIT).to(dtype)
-    x = torch.randn(70, SPLIT[1]).to(dtype).to(DEVICE)
+def test_tiles_of_one_width_for_all_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(SPLIT).half()
+    x = torch.randn(257, SPLIT[1]).half().to(DEVICE)
     expected = linear_triton.linear(x, pack(tensor))
-    tile = Tile(outputs=64, rows=32, num_warps=4, num_stages=3, num_stages_alone=3)
-    table = {0: Tiles(few_rows=(), many_rows=tile, many_rows_one_chunk=tile)}
+    table = dict.fromkeys(triton_tiles.HALF_TILES, ONE_WIDTH_TILES)
     monkeypatch.setattr(triton_tiles, "HALF_TILES", table)
-    monkeypatch.setattr(triton_tiles, "FLOAT_TILES", table)
     weight = pack(tensor)
-    assert torch.equal(linear_triton.linear(x, weight), expected)
-    assert torch.equal(linear_triton.linear(x[:1], weight), expected[:1])
+    for num_rows in (1, 70, 257):
+        assert torch.equal(linear_triton.linear(x[:num_rows], weight), expected[:num_rows])
+
+
+def test_tiles_of_one_width_are_of_one_width() -> None:
+    tiles = ONE_WIDTH_TILES
+    few = {tile.rows for _, tile in tiles.few_rows}
+    assert few == {tiles.many_rows.rows} == {tiles.many_rows_one_chunk.rows}
 
 
 def test_rows_may_be_a_view_of_wider_ones() -> None:
@@ -202,7 +209,7 @@ def test_chunks_are_whole_steps_that_cover_the_inputs(out_features: int) -> None
 
 def test_only_layers_of_few_outputs_are_cut() -> None:
     shapes = [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336), (128_256, 4096)]
-    assert [chunks(*shape).count for shape in shapes] == [3, 4, 1, 4, 1]
+    assert [chunks(*shape).count for shape in shapes] == [2, 4, 1, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -216,3 +223,28 @@ def test_few_rows_share_a_tile_and_many_rows_a_program(tiles: Tiles) -> None:
         assert tile_of(tiles, bound, 1) == (tile, False)
     assert tile_of(tiles, bounds[-1] + 1, 2) == (tiles.many_rows, False)
     assert tile_of(tiles, bounds[-1] + 1, 1) == (tiles.many_rows_one_chunk, False)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 64])
+@pytest.mark.parametrize("layer", [name for name in LAYERS if "0.5B" not in name])
+def test_decoding_keeps_enough_weights_in_flight(layer: str, num_rows: int) -> None:
+    count = count_launch(*LAYERS[layer], num_rows)
+    assert count.bytes_in_flight >= 50_000
+    assert count.input_traffic + count.sum_traffic <= 0.8
+    assert count.num_waves <= 1.2 or "head" in layer
+
+
+def test_a_deeper_pipeline_is_for_programs_that_share_less() -> None:
+    for tiles in triton_tiles.HALF_TILES.values():
+        for _, tile in tiles.few_rows:
+            depths = [num_stages_of(tile, 132 * sharing, 132) for sharing in (1, 2, 3, 4, 5)]
+            assert depths == sorted(depths, reverse=True)
+            assert depths[0] == tile.num_stages[0]
+            assert depths[-1] == tile.num_stages[-1]
+
+
+def test_the_count_names_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main() == 0
+    printed = capsys.readouterr().out
+    assert "not measured" in printed
+    assert all(printed.count(name) == 3 for name in LAYERS)

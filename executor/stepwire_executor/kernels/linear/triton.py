@@ -26,6 +26,7 @@ from stepwire_executor.kernels.linear.triton_tiles import (
     block_k_of,
     chunks,
     max_split_tiles,
+    num_stages_of,
     tile_of,
     tiles_of,
 )
@@ -92,16 +93,10 @@ def linear(
 
 @functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
-    """Return how many programs a device runs without two sharing a multiprocessor."""
+    """Return how many a device has; 0 on a CPU (the interpreter)."""
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _num_stages(tile: Tile, num_programs: int, device: torch.device) -> int:
-    """Return the depth of the pipeline, which changes when operands are read, and no bit."""
-    is_alone = num_programs <= _num_multiprocessors(device)
-    return tile.num_stages_alone if is_alone else tile.num_stages
 
 
 def _launch(x: Tensor, weight: ChunkedWeight, bias: Tensor | None, out: Tensor, tile: Tile) -> None:
@@ -124,7 +119,7 @@ def _launch(x: Tensor, weight: ChunkedWeight, bias: Tensor | None, out: Tensor, 
         BLOCK_K=block_k,
         IS_K_EVEN=weight.in_features % block_k == 0,
         num_warps=tile.num_warps,
-        num_stages=_num_stages(tile, num_programs, x.device),
+        num_stages=num_stages_of(tile, num_programs, _num_multiprocessors(x.device)),
     )
 
 
@@ -156,5 +151,5 @@ def _launch_split(
         BLOCK_K=block_k,
         IS_K_EVEN=weight.in_features % block_k == 0,
         num_warps=tile.num_warps,
-        num_stages=_num_stages(tile, num_programs, x.device),
+        num_stages=num_stages_of(tile, num_programs, _num_multiprocessors(x.device)),
     )

@@ -13,6 +13,7 @@ from stepwire_executor.kernels.linear.triton_tiles import (
     FLOAT_TILES,
     GROUP_SIZE,
     HALF_TILES,
+    ONE_WIDTH_TILES,
     Tile,
     Tiles,
     block_k_of,
@@ -30,7 +31,7 @@ def _case(
     num_chunks: int,
     *,
     is_split: bool,
-    is_alone: bool = False,
+    num_stages: int | None = None,
     is_k_even: bool = True,
 ) -> CompileCase:
     kind, out_kind = TRITON_TYPES[dtype], TRITON_TYPES[out_dtype]
@@ -52,7 +53,7 @@ def _case(
     else:
         constexprs["bias_ptr"] = None
     sizes = ("x_stride", "num_rows", "out_features", "in_features", "chunk_size")
-    num_stages = tile.num_stages_alone if is_alone else tile.num_stages
+    num_stages = num_stages or tile.num_stages[-1]
     needs_wgmma = target == 90 and dtype != torch.float32
     return CompileCase(
         name=f"linear {kind} to {out_kind} {tile.outputs}x{tile.rows}x{block_k} "
@@ -71,14 +72,23 @@ def _case(
     )
 
 
+def _depths(target: int, tile: Tile, num_chunks: int) -> tuple[int, ...]:
+    """Return all depths for a device that has its own table, the extremes once for the rest."""
+    if target:
+        return tile.num_stages
+    return tile.num_stages[:1] if num_chunks == 1 else tile.num_stages[-1:]
+
+
 def _layer_cases(
-    target: int, tiles: Tiles, dtype: torch.dtype, num_chunks: int, depths: tuple[bool, ...]
+    target: int, tiles: Tiles, dtype: torch.dtype, num_chunks: int
 ) -> list[CompileCase]:
-    """Return every tile, of layers with several chunks or one, in depths (alone or not)."""
+    """Return every tile, of layers with several chunks or one."""
     few = [
-        _case(target, tile, dtype, dtype, num_chunks, is_split=num_chunks > 1, is_alone=is_alone)
+        _case(
+            target, tile, dtype, dtype, num_chunks, is_split=num_chunks > 1, num_stages=num_stages
+        )
         for _, tile in tiles.few_rows
-        for is_alone in depths
+        for num_stages in _depths(target, tile, num_chunks)
     ]
     many = tiles.many_rows if num_chunks > 1 else tiles.many_rows_one_chunk
     return [*few, _case(target, many, dtype, dtype, num_chunks, is_split=False)]
@@ -88,11 +98,8 @@ def _cases() -> list[CompileCase]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = []
     for target, tiles in HALF_TILES.items():
-        # Each depth once; both with either kernel where a device has its own table.
-        cases += _layer_cases(target, tiles, bf16, 1, (True, False) if target else (True,))
-        cases += _layer_cases(
-            target, tiles, bf16, _NUM_CHUNKS, (True, False) if target else (False,)
-        )
+        for num_chunks in (1, _NUM_CHUNKS):
+            cases += _layer_cases(target, tiles, bf16, num_chunks)
         first, many = tiles.few_rows[0][1], tiles.many_rows_one_chunk
         # The head, which alone is asked for float32, has outputs enough for one chunk.
         cases += [_case(target, tile, bf16, fp32, 1, is_split=False) for tile in (first, many)] + [
@@ -100,9 +107,11 @@ def _cases() -> list[CompileCase]:
             _case(target, many, fp16, fp16, 1, is_split=False),
             _case(target, many, bf16, bf16, 1, is_split=False, is_k_even=False),
         ]
+    # The one configuration of these tiles that the table for Hopper has not.
+    cases.append(_case(90, ONE_WIDTH_TILES.many_rows, bf16, bf16, _NUM_CHUNKS, is_split=False))
     for target, tiles in FLOAT_TILES.items():
         for num_chunks in (1, _NUM_CHUNKS):
-            cases += _layer_cases(target, tiles, fp32, num_chunks, (False,))
+            cases += _layer_cases(target, tiles, fp32, num_chunks)
     return cases
 
 

@@ -17,8 +17,8 @@ FLOAT_BLOCK_K = 32
 """Inputs a step in float32."""
 GROUP_SIZE = 8
 """Blocks of rows that are worked on together, so that they find a weight's tile in the cache."""
-_WANTED_PROGRAMS = 256
-"""Programs that few rows should give: about two for each of an H100's 132 multiprocessors."""
+_MAX_PROGRAMS = 264
+"""Programs that cutting may come to at few rows: two for each of an H100's multiprocessors."""
 _OUTPUTS_A_PROGRAM = 64
 """Outputs of a program for one row; less than 64 no Hopper instruction multiplies."""
 _MIN_CHUNK_SIZE = 512
@@ -34,10 +34,9 @@ class Tile:
     outputs: int
     rows: int
     num_warps: int
-    num_stages: int
-    """Steps whose operands are held in shared memory."""
-    num_stages_alone: int
-    """The same where each program has a multiprocessor, and its shared memory, to itself."""
+    num_stages: tuple[int, ...]
+    """Steps whose operands are held in shared memory, where that is shared by 1, 2, ...
+    programs of a launch; the last entry is for any more."""
 
     @property
     def sum_outputs(self) -> int:
@@ -50,9 +49,8 @@ class Tiles:
     """The tiles of one device and dtype.
 
     A row's bits are the same in all of them where an instruction's result for a row does not
-    depend on how many rows it multiplies, which is believed of Hopper's wgmma, and is checked by
-    comparing rows on a device. Were it not so: leave `few_rows` empty and let both of the
-    others have the same rows, and every number of rows takes the same instruction.
+    depend on how many rows it multiplies, which is believed of Hopper's wgmma and Blackwell's
+    tcgen05, and is to be checked by comparing rows on a device. Were it not so: ONE_WIDTH_TILES.
     """
 
     few_rows: tuple[tuple[int, Tile], ...]
@@ -74,51 +72,51 @@ class Chunks:
 
 def chunks(out_features: int, in_features: int) -> Chunks:
     """Cut in_features so that one row alone keeps a large device busy."""
-    wanted = ceil_div(_WANTED_PROGRAMS, ceil_div(out_features, _OUTPUTS_A_PROGRAM))
+    wanted = _MAX_PROGRAMS // ceil_div(out_features, _OUTPUTS_A_PROGRAM)
     wanted = max(1, min(wanted, _MAX_CHUNKS, in_features // _MIN_CHUNK_SIZE))
     size = ceil_div(ceil_div(in_features, wanted), BLOCK_K) * BLOCK_K
     return Chunks(size=size, count=ceil_div(in_features, size))
 
 
-def _tile(outputs: int, rows: int, num_warps: int, stages: tuple[int, int]) -> Tile:
-    num_stages, num_stages_alone = stages
-    return Tile(
-        outputs=outputs,
-        rows=rows,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        num_stages_alone=num_stages_alone,
-    )
+def _tile(outputs: int, rows: int, num_warps: int, *num_stages: int) -> Tile:
+    return Tile(outputs=outputs, rows=rows, num_warps=num_warps, num_stages=num_stages)
 
 
 HALF_TILES = {
     0: Tiles(
         few_rows=(
-            (16, _tile(64, 16, 4, (4, 8))),
-            (32, _tile(128, 32, 4, (4, 5))),
-            (64, _tile(128, 64, 4, (3, 4))),
-            (256, _tile(128, 128, 8, (3, 4))),
+            (16, _tile(64, 16, 4, 8, 4)),
+            (32, _tile(128, 32, 4, 5, 4)),
+            (64, _tile(128, 64, 4, 4, 3)),
+            (256, _tile(128, 128, 8, 4, 3)),
         ),
-        many_rows=_tile(128, 128, 8, (3, 4)),
-        many_rows_one_chunk=_tile(128, 128, 8, (3, 4)),
+        many_rows=_tile(128, 128, 8, 3),
+        many_rows_one_chunk=_tile(128, 128, 8, 3),
     ),
     90: Tiles(
         few_rows=(
-            (16, _tile(64, 16, 4, (5, 12))),
-            (32, _tile(128, 32, 4, (5, 8))),
-            (64, _tile(128, 64, 4, (4, 8))),
-            (256, _tile(128, 128, 8, (3, 6))),
+            (16, _tile(64, 16, 4, 12, 10, 7, 5)),
+            (32, _tile(128, 32, 4, 8, 5)),
+            (64, _tile(128, 64, 4, 8, 4)),
+            (256, _tile(128, 128, 8, 6, 3)),
         ),
-        many_rows=_tile(128, 128, 8, (4, 4)),
-        many_rows_one_chunk=_tile(128, 256, 8, (4, 4)),
+        many_rows=_tile(128, 128, 8, 4),
+        many_rows_one_chunk=_tile(128, 256, 8, 4),
     ),
 }
 """By compute capability; 0 is the default."""
+ONE_WIDTH_TILES = Tiles(
+    few_rows=((256, _tile(128, 64, 4, 8, 4)),),
+    many_rows=_tile(128, 64, 4, 4),
+    many_rows_one_chunk=_tile(128, 64, 4, 4),
+)
+"""Every number of rows by the same instruction, slower: for a device that needs it, put these
+in its place in HALF_TILES."""
 FLOAT_TILES = {
     0: Tiles(
-        few_rows=((32, _tile(32, 32, 4, (3, 3))),),
-        many_rows=_tile(64, 32, 8, (3, 3)),
-        many_rows_one_chunk=_tile(64, 32, 8, (3, 3)),
+        few_rows=((32, _tile(32, 32, 4, 3)),),
+        many_rows=_tile(64, 32, 8, 3),
+        many_rows_one_chunk=_tile(64, 32, 8, 3),
     )
 }
 """As HALF_TILES; float32 is multiplied without tensor cores."""
@@ -140,6 +138,15 @@ def tile_of(tiles: Tiles, num_rows: int, num_chunks: int) -> tuple[Tile, bool]:
         if num_rows <= max_rows:
             return tile, num_chunks > 1
     return (tiles.many_rows if num_chunks > 1 else tiles.many_rows_one_chunk), False
+
+
+def num_stages_of(tile: Tile, num_programs: int, num_multiprocessors: int) -> int:
+    """Return the deepest pipeline that lets all programs run at once, if one does.
+
+    It changes when operands are read, and no bit.
+    """
+    num_sharing = ceil_div(num_programs, max(num_multiprocessors, 1))
+    return tile.num_stages[min(num_sharing, len(tile.num_stages)) - 1]
 
 
 def max_split_tiles(tiles: Tiles, out_features: int) -> int:
