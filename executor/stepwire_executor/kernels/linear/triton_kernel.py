@@ -11,6 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_ANY_VALUE = ("num_rows",)
+"""Not compiled for anew where it is 1 or a multiple of 16: it changes with every batch."""
+
 
 @triton.jit
 def _multiply(
@@ -63,7 +66,7 @@ def _write(total, bias_ptr, out_ptr, num_rows, out_features, rows, outputs):
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def linear_kernel(
     x_ptr,  # [num_rows, in_features]
     weight_ptr,  # [out_features, in_features], contiguous
@@ -108,7 +111,7 @@ def linear_kernel(
     _write(total, bias_ptr, out_ptr, num_rows, out_features, rows, outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def split_linear_kernel(
     x_ptr,  # [num_rows, in_features]
     weight_ptr,  # [out_features, in_features], contiguous
