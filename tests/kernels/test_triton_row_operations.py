@@ -103,8 +103,8 @@ def angles(max_positions: int, rotary_dim: int) -> Tensor:
 
 def moved(batch: StepBatch) -> StepBatch:
     """Bring a batch to the device."""
-    tensors = {x.name: getattr(batch, x.name).to(DEVICE) for x in dataclasses.fields(batch)}
-    return StepBatch(**tensors)
+    values = {x.name: getattr(batch, x.name) for x in dataclasses.fields(batch)}
+    return StepBatch(**{k: x.to(DEVICE) if isinstance(x, Tensor) else x for k, x in values.items()})
 
 
 def moved_pages(pages: KVPages) -> KVPages:

@@ -31,6 +31,9 @@ from stepwire_executor.slots import SlotTable
 
 GRAPH_BYTES = 4 << 20
 """Kept for each captured batch size beside the largest one's activations."""
+LINEAR_CLASSES = (1, 17, 33, 65, 129, 257)
+"""Numbers of tokens of which each has linear layers compiled for it and for those up to the next.
+"""
 _GIB = 1 << 30
 
 _log: Any = structlog.get_logger("stepwire_executor.engine.building")
@@ -172,7 +175,8 @@ def _measured_plan(parts: EngineParts, queue: DeviceQueue) -> KVCachePlan:
     """Run the largest steps over a pool of one block and see what they leave.
 
     Compiles on the way what any later step launches: kernels differ by the number of sequences,
-    rounded up to a power of two, and by whether a sequence is prefilled.
+    rounded up to a power of two, by whether a sequence is prefilled, and linear layers by the
+    class of the number of tokens.
     """
     capacity, device = parts.capacity, parts.device
     slots = parts.new_slots(num_blocks=1, max_model_len=parts.model.max_model_len)
@@ -180,6 +184,9 @@ def _measured_plan(parts: EngineParts, queue: DeviceQueue) -> KVCachePlan:
     total_bytes, used_bytes = total_and_used_bytes(device)
 
     def run_steps() -> None:
+        for num_tokens in LINEAR_CLASSES:
+            if num_tokens <= min(capacity.max_num_batched_tokens, slots.max_model_len):
+                engine.run_padding([num_tokens])
         num_seqs = 1
         while True:
             longest = min(capacity.max_num_batched_tokens - num_seqs + 1, slots.max_model_len)
