@@ -37,6 +37,10 @@ class DeviceQueue(Protocol):
         """Copy to the device without waiting for the work queued before."""
         ...
 
+    def upload_into(self, target: Tensor, values: npt.NDArray[Any]) -> None:
+        """As upload, into a tensor of the device of the same shape and dtype."""
+        ...
+
     def mark(self) -> Mark:
         """Mark the end of what is queued so far."""
         ...
@@ -65,6 +69,10 @@ class HostQueue:
     def upload(self, values: npt.NDArray[Any]) -> Tensor:
         """See DeviceQueue; copies, as a device would."""
         return torch.from_numpy(values.copy())
+
+    def upload_into(self, target: Tensor, values: npt.NDArray[Any]) -> None:
+        """See DeviceQueue."""
+        target.copy_(torch.from_numpy(values))
 
     def mark(self) -> Mark:
         """See DeviceQueue."""
@@ -95,14 +103,21 @@ class CudaQueue:
         self.device = device
 
     def upload(self, values: npt.NDArray[Any]) -> Tensor:
-        """See DeviceQueue.
+        """See DeviceQueue."""
+        return _pinned(values).to(self.device, non_blocking=True)
 
-        From pageable memory the copy could wait for the stream; torch keeps the pinned copy
-        from being reused before the device has read it.
-        """
-        pinned = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
-        return pinned.to(self.device, non_blocking=True)
+    def upload_into(self, target: Tensor, values: npt.NDArray[Any]) -> None:
+        """See DeviceQueue."""
+        target.copy_(_pinned(values), non_blocking=True)
 
     def mark(self) -> Mark:
         """See DeviceQueue."""
         return _CudaMark()
+
+
+def _pinned(values: npt.NDArray[Any]) -> Tensor:
+    """A copy that a device can read by itself; from other memory it could wait for its stream.
+
+    torch does not reuse the copy before the device has read it.
+    """
+    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory()

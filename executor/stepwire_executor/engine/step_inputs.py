@@ -102,7 +102,7 @@ class StepInputs:
             view[: given.size] = given
             view[given.size :] = padding
             start = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
-        self._bytes[: block.size].copy_(self._queue.upload(block))
+        self._queue.upload_into(self._bytes[: block.size], block)
         return self.arrays(shape)
 
 
