@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 import triton  # noqa: E402 # after the skip
 import triton.language as tl  # noqa: E402
 from stepwire_executor.kernels.sample import triton as sample_triton  # noqa: E402
-from stepwire_executor.kernels.sample.triton import gumbel_noise, noise_bits  # noqa: E402
+from stepwire_executor.kernels.sample.triton_noise import gumbel_noise, noise_bits  # noqa: E402
 
 
 @triton.jit
