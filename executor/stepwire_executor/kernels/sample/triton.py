@@ -127,11 +127,13 @@ def choose(logits: Tensor, batch: SamplingBatch, config: Config = CONFIG) -> Cho
         mass, num_candidates, candidate_ids, candidate_scores, routes, token_ids, vocab_size,
         CAPACITY=capacity, num_warps=config.row_warps(capacity),
     )  # fmt: skip
-    search_kernel[rows](
-        logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p,
-        row_largest, routes, limit_keys, last_ties, stride, vocab_size,
-        BLOCK=config.search_block, NUM_PIVOTS=config.num_pivots, num_warps=config.search_warps,
-    )  # fmt: skip
+    for is_mass in (False, True):
+        search_kernel[rows](
+            logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p,
+            row_largest, mass, routes, candidate_ids, candidate_scores, limit_keys, last_ties,
+            stride, vocab_size, IS_MASS=is_mass, CAPACITY=capacity, BLOCK=config.search_block,
+            num_warps=config.row_warps(config.search_block),
+        )  # fmt: skip
     draw_kernel[chunks](
         logits, batch.temperature, batch.min_p, batch.seeds, batch.positions, batch.streams,
         token_ids, row_largest, routes, limit_keys, last_ties, chunk_scores, chunk_ids,

@@ -24,6 +24,69 @@ _UNITS = tl.constexpr(float(2**44))
 
 
 @triton.jit
+def append_candidates(
+    id_ptr, score_ptr, num_candidates, ids, scores, is_candidate, CAPACITY: tl.constexpr
+):
+    """Store the candidates among some tokens behind those before; return how many they are now.
+
+    Those past CAPACITY are counted alone.
+    """
+    counts = is_candidate.to(tl.int32)
+    places = num_candidates + tl.cumsum(counts, axis=0) - 1
+    is_stored = is_candidate & (places < CAPACITY)
+    tl.store(id_ptr + places, ids, mask=is_stored)
+    tl.store(score_ptr + places, scores, mask=is_stored)
+    return num_candidates + tl.sum(counts, axis=0)
+
+
+@triton.jit
+def load_candidates(id_ptr, score_ptr, num_candidates, CAPACITY: tl.constexpr):
+    """Return ids, scores and keys, [CAPACITY]: NO_TOKEN, -inf and NO_TOKEN past the candidates."""
+    places = tl.arange(0, CAPACITY)
+    is_candidate = places < num_candidates
+    # Loaded whole, 16 bytes a thread; what lies past the candidates was never written.
+    ids = tl.where(is_candidate, tl.load(id_ptr + places), NO_TOKEN)
+    scores = tl.where(is_candidate, tl.load(score_ptr + places), float("-inf"))
+    return ids, scores, tl.where(is_candidate, keys_of(scores), NO_TOKEN)
+
+
+@triton.jit
+def units_of(weights):
+    """Return weights, at most 1, as integers, int64."""
+    return (weights * _UNITS).to(tl.int64)
+
+
+@triton.jit
+def least_key(keys, amounts, target):
+    """Return the least key up to which amounts, integers, add up to target, or else the last."""
+    low = tl.full((), -1, tl.int32)
+    high = tl.max(tl.where(keys < NO_TOKEN, keys, 0), axis=0)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        is_enough = tl.sum(tl.where(keys <= middle, amounts, 0), axis=0) >= target
+        high = tl.where(is_enough, middle, high)
+        low = tl.where(is_enough, low, middle)
+    return high
+
+
+@triton.jit
+def last_tie_of(ids, keys, amounts, limit_key, target, CAPACITY: tl.constexpr):
+    """Return the id up to which tokens at limit_key are kept: the least of which amounts reach target.
+
+    ids are in order; tokens at limit_key have one amount, or 0 where they are out already.
+    """
+    missing = target - tl.sum(tl.where(keys < limit_key, amounts, 0), axis=0)
+    is_tie = (keys == limit_key) & (amounts > 0)
+    amount = tl.max(tl.where(is_tie, amounts, 0), axis=0)
+    # At least one stays; and all do if they weigh nothing.
+    num_ties = (missing + amount - 1) // tl.maximum(amount, 1)
+    num_ties = tl.where(amount > 0, tl.minimum(tl.maximum(num_ties, 1), CAPACITY), CAPACITY)
+    is_tie = tl.where(amount > 0, is_tie, keys == limit_key)
+    is_first = is_tie & (tl.cumsum(is_tie.to(tl.int32), axis=0) <= num_ties)
+    return tl.max(tl.where(is_first, ids, -1), axis=0)
+
+
+@triton.jit
 def gather_kernel(
     logits_ptr,  # [num_rows, vocab_size] float32
     temperature_ptr,  # [num_rows] float32
@@ -59,36 +122,13 @@ def gather_kernel(
             scores, keys = load_scores(
                 logits_ptr + row * logits_stride, ids, vocab_size, largest, temperature
             )
-            is_candidate = keys <= bound_key
-            places = num_candidates + tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
-            is_stored = is_candidate & (places < CAPACITY)
-            tl.store(candidate_id_ptr + row * CAPACITY + places, ids, mask=is_stored)
-            tl.store(candidate_score_ptr + row * CAPACITY + places, scores, mask=is_stored)
-            num_candidates += tl.sum(is_candidate.to(tl.int32), axis=0)
+            num_candidates = append_candidates(
+                candidate_id_ptr + row * CAPACITY, candidate_score_ptr + row * CAPACITY,
+                num_candidates, ids, scores, keys <= bound_key, CAPACITY,
+            )  # fmt: skip
         tl.store(num_candidates_ptr + row, num_candidates)
         if num_candidates > CAPACITY:
             tl.store(route_ptr + row, SEARCH)
-
-
-@triton.jit
-def _least_key(keys, amounts, target):
-    """Return the least key up to which amounts, integers, add up to target; they do in the end."""
-    low = tl.full((), -1, tl.int32)
-    high = tl.max(tl.where(keys < NO_TOKEN, keys, 0), axis=0)
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        is_enough = tl.sum(tl.where(keys <= middle, amounts, 0), axis=0) >= target
-        high = tl.where(is_enough, middle, high)
-        low = tl.where(is_enough, low, middle)
-    return high
-
-
-@triton.jit
-def _keep_first(is_kept, keys, limit_key, num_ties):
-    """Return is_kept up to limit_key, and of those at it of the num_ties smallest ids only."""
-    is_tie = is_kept & (keys == limit_key)
-    is_first = is_tie & (tl.cumsum(is_tie.to(tl.int32), axis=0) <= num_ties)
-    return is_kept & ((keys < limit_key) | is_first)
 
 
 @triton.jit
@@ -112,37 +152,33 @@ def choose_kernel(
     row = tl.program_id(0).to(tl.int64)
     if tl.load(route_ptr + row) == CANDIDATES:
         num_candidates = tl.load(num_candidates_ptr + row)
-        places = tl.arange(0, CAPACITY)
-        is_kept = places < num_candidates
-        # Loaded whole, 16 bytes a thread; what lies past the candidates was never written.
-        ids = tl.load(candidate_id_ptr + row * CAPACITY + places)
-        ids = tl.where(is_kept, ids, NO_TOKEN)
-        scores = tl.load(candidate_score_ptr + row * CAPACITY + places)
-        scores = tl.where(is_kept, scores, float("-inf"))
-        keys = tl.where(is_kept, keys_of(scores), NO_TOKEN)
+        ids, scores, keys = load_candidates(
+            candidate_id_ptr + row * CAPACITY,
+            candidate_score_ptr + row * CAPACITY,
+            num_candidates,
+            CAPACITY,
+        )
         top_k = tl.load(top_k_ptr + row)
         top_p = tl.load(top_p_ptr + row)
+        is_kept = keys < NO_TOKEN
         if is_limited_by_rank(top_k, vocab_size) & (num_candidates > top_k):
-            limit_key = _least_key(keys, tl.full((CAPACITY,), 1, tl.int32), top_k)
-            num_before = tl.sum((keys < limit_key).to(tl.int32), axis=0)
-            is_kept = _keep_first(is_kept, keys, limit_key, top_k - num_before)
+            ones = is_kept.to(tl.int32)
+            limit_key = least_key(keys, ones, top_k)
+            last_tie = last_tie_of(ids, keys, ones, limit_key, top_k, CAPACITY)
+            is_kept = (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))
         weights = tl.exp(scores)
         is_kept &= weights >= tl.load(min_p_ptr + row)
         is_enough = tl.full((), 1, tl.int1)
         if top_p < 1.0:
-            amounts = tl.where(is_kept, (weights * _UNITS).to(tl.int64), 0)
+            amounts = tl.where(is_kept, units_of(weights), 0)
             kept_mass = tl.sum(amounts, axis=0)
             row_mass = tl.load(mass_ptr + row).to(tl.float64) * _UNITS
             whole_mass = tl.where(row_mass > 0.0, row_mass, kept_mass.to(tl.float64))
             target = tl.ceil(top_p.to(tl.float64) * whole_mass).to(tl.int64)
             is_enough = kept_mass >= target
-            limit_key = _least_key(keys, amounts, target)
-            missing = target - tl.sum(tl.where(keys < limit_key, amounts, 0), axis=0)
-            weight = tl.max(tl.where(keys == limit_key, amounts, 0), axis=0)
-            # Ties that weigh nothing never add up: then all stay.
-            num_ties = tl.where(weight > 0, (missing + weight - 1) // tl.maximum(weight, 1), CAPACITY)
-            num_ties = tl.minimum(tl.maximum(num_ties, 1), CAPACITY).to(tl.int32)
-            is_kept = _keep_first(is_kept, keys, limit_key, num_ties)
+            limit_key = least_key(keys, amounts, target)
+            last_tie = last_tie_of(ids, keys, amounts, limit_key, target, CAPACITY)
+            is_kept &= (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))
         if is_enough:
             is_kept |= ids == tl.load(token_id_ptr + row)
             bits = noise_bits_of(

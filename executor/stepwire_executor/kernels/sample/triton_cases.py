@@ -92,9 +92,12 @@ def _cases() -> tuple[CompileCase, ...]:
             "choose", choose_kernel, c.row_warps(c.capacity), "vector_loads",
             CAPACITY=c.capacity,
         ),
-        _case(
-            "search", search_kernel, c.search_warps,
-            BLOCK=c.search_block, NUM_PIVOTS=c.num_pivots,
+        *(
+            _case(
+                f"search by {name}", search_kernel, c.row_warps(c.search_block), "vector_loads",
+                IS_MASS=is_mass, CAPACITY=c.capacity, BLOCK=c.search_block,
+            )
+            for is_mass, name in ((False, "rank"), (True, "mass"))
         ),
         _case("draw", draw_kernel, c.num_warps, "vector_loads", BLOCK=c.block),
         *_cases_of(131_072),

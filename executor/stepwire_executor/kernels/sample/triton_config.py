@@ -24,11 +24,8 @@ class Config:
     """Candidates a row."""
     gather_block: int = 2048
     """Tokens that are compared with a row's bound together."""
-    search_block: int = 1024
+    search_block: int = 4096
     """Tokens that the search for limits looks at together."""
-    num_pivots: int = 16
-    """Keys that one pass of the search compares its tokens with."""
-    search_warps: int = 16
 
     def group_size(self, vocab_size: int) -> int:
         """Return the tokens a group in a vocabulary: more where it is very large."""

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from stepwire_executor.kernels.sample.triton_scores import (
     CANDIDATES,
-    NO_LIMIT,
+    NEVER_DRAWN,
     NO_TOKEN,
     SEARCH,
     SETTLED,
@@ -25,8 +25,6 @@ from stepwire_executor.kernels.sample.triton_scores import (
     scores_of,
 )
 
-_NEVER_DRAWN = tl.constexpr(0x42D00000)
-"""Key of the score -104. Its weight is 0 in float32, and no noise exceeds 18."""
 _COARSE = tl.constexpr(1 << 12)
 """Keys to which a bound is searched, or 1 part in 2048 of a score."""
 
@@ -72,8 +70,8 @@ def groups_kernel(
 
 @triton.jit
 def _rank_bound(keys, top_k):
-    """Return a key up to which top_k of keys lie, or _NEVER_DRAWN."""
-    low, high = tl.full((), -1, tl.int32), tl.full((), _NEVER_DRAWN, tl.int32)
+    """Return a key up to which top_k of keys lie, or NEVER_DRAWN."""
+    low, high = tl.full((), -1, tl.int32), tl.full((), NEVER_DRAWN, tl.int32)
     while high - low > _COARSE:
         middle = low + (high - low) // 2
         is_enough = tl.sum((keys <= middle).to(tl.int32), axis=0) >= top_k
@@ -84,11 +82,11 @@ def _rank_bound(keys, top_k):
 
 @triton.jit
 def _mass_bound(keys, weights, masses, allowed, GROUP: tl.constexpr):
-    """Return a key beyond which all tokens together weigh at most allowed, or _NEVER_DRAWN.
+    """Return a key beyond which all tokens together weigh at most allowed, or NEVER_DRAWN.
 
     weights: those of the groups' likeliest; masses: of whole groups.
     """
-    low, high = tl.full((), -1, tl.int32), tl.full((), _NEVER_DRAWN, tl.int32)
+    low, high = tl.full((), -1, tl.int32), tl.full((), NEVER_DRAWN, tl.int32)
     rivals = tl.maximum(masses - weights, 0.0)
     while high - low > _COARSE:
         middle = low + (high - low) // 2
@@ -117,8 +115,8 @@ def bound_kernel(
     mass_ptr,  # [num_rows] float32, out: of all tokens, 0 where that of the candidates will do
     num_listed_ptr,  # [num_rows] int32, out
     listed_ptr,  # [num_rows, MAX_LISTED] int32, out: groups that hold candidates, in order
-    limit_key_ptr,  # [num_rows] int32, out: none
-    last_tie_ptr,  # [num_rows] int32, out: none
+    limit_key_ptr,  # [num_rows] int32, out: the key that no drawn token exceeds
+    last_tie_ptr,  # [num_rows] int32, out: above every id
     logits_stride,
     vocab_size,
     num_groups,
@@ -141,8 +139,8 @@ def bound_kernel(
     tl.store(token_id_ptr + row, tl.where(is_finite, token_id, 0).to(tl.int64))
     tl.store(is_finite_ptr + row, is_finite.to(tl.uint8))
     tl.store(row_largest_ptr + row, largest)
-    tl.store(limit_key_ptr + row, NO_LIMIT)
-    tl.store(last_tie_ptr + row, -1)
+    tl.store(limit_key_ptr + row, NEVER_DRAWN)
+    tl.store(last_tie_ptr + row, NO_TOKEN)
 
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
@@ -155,7 +153,7 @@ def bound_kernel(
         if has_top_k | (top_p < 1.0) | (min_p > 0.0):
             scores = scores_of(maxima, largest, temperature)
             keys = tl.where(mask, keys_of(scores), NO_TOKEN)
-            bound_key = tl.full((), _NEVER_DRAWN, tl.int32)
+            bound_key = tl.full((), NEVER_DRAWN, tl.int32)
             mass = tl.full((), 0.0, tl.float32)
             if has_top_k:
                 bound_key = _rank_bound(keys, top_k)
@@ -167,7 +165,7 @@ def bound_kernel(
                 # Less than 1 - top_p, for the sums' rounding; what still falls short is searched.
                 allowed = (1.0 - top_p) * mass * 0.99
                 bound_key = _mass_bound(keys, weights, masses, allowed, GROUP)
-                mass = tl.where(bound_key < _NEVER_DRAWN, mass, 0.0)
+                mass = tl.where(bound_key < NEVER_DRAWN, mass, 0.0)
             if min_p > 0.0:
                 # A little further than the logarithm; candidates are compared with min_p itself.
                 furthest = tl.maximum(-tl.log(min_p) * 1.0001 + 0.0001, 0.0)

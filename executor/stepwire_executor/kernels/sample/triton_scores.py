@@ -18,8 +18,8 @@ SEARCH = tl.constexpr(2)
 WHOLE = tl.constexpr(3)
 """Route of a row without limits."""
 
-NO_LIMIT = tl.constexpr(0x7F800001)
-"""Above the key of every token, -inf's 0x7F800000 included."""
+NEVER_DRAWN = tl.constexpr(0x42D00000)
+"""Key of the score -104. Its weight is 0 in float32, and no noise exceeds 18."""
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 """The key past the vocabulary's end, and an id above every token's."""
 

@@ -2,7 +2,8 @@
 
 The top-k limit is the least key up to which k tokens lie, the top-p limit the least key up to
 which the mass reaches top_p; of tokens that tie at the limit those of smaller ids stay. One
-program a row searches both, a range of keys divided at _NUM_PIVOTS a pass.
+program a row searches both: it narrows a range of keys, five pivots a pass over the row, until
+the range's tokens can be copied together, and ends among those. Launched once for each limit.
 """
 
 from __future__ import annotations
@@ -10,12 +11,91 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from stepwire_executor.kernels.sample.triton_candidates import (
+    append_candidates,
+    last_tie_of,
+    least_key,
+    load_candidates,
+    units_of,
+)
 from stepwire_executor.kernels.sample.triton_scores import (
-    NO_LIMIT,
+    NO_TOKEN,
     SEARCH,
     is_limited_by_rank,
     load_scores,
 )
+
+
+@triton.jit
+def _weight_at(key):
+    """Return the weight of tokens of a key."""
+    return tl.exp(-(key.to(tl.float32, bitcast=True)))
+
+
+@triton.jit
+def _pass(
+    row_ptr, vocab_size, largest, temperature, min_weight, low, p0, p1, p2, p3, p4,
+    IS_MASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return the sums up to each of five keys, and the least key above low."""
+    sum0 = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum1, sum2, sum3, sum4 = sum0, sum0, sum0, sum0
+    nearest = tl.full((BLOCK,), NO_TOKEN, tl.int32)
+    for start in range(0, vocab_size, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        scores, keys = load_scores(row_ptr, ids, vocab_size, largest, temperature)
+        if IS_MASS:
+            weights = tl.exp(scores)
+            amounts = tl.where(weights >= min_weight, weights, 0.0)
+        else:
+            amounts = tl.full((BLOCK,), 1.0, tl.float32)
+        sum0 += tl.where(keys <= p0, amounts, 0.0)
+        sum1 += tl.where(keys <= p1, amounts, 0.0)
+        sum2 += tl.where(keys <= p2, amounts, 0.0)
+        sum3 += tl.where(keys <= p3, amounts, 0.0)
+        sum4 += tl.where(keys <= p4, amounts, 0.0)
+        nearest = tl.minimum(nearest, tl.where(keys > low, keys, NO_TOKEN))
+    return (
+        tl.sum(sum0, axis=0),
+        tl.sum(sum1, axis=0),
+        tl.sum(sum2, axis=0),
+        tl.sum(sum3, axis=0),
+        tl.sum(sum4, axis=0),
+        tl.min(nearest, axis=0),
+    )
+
+
+@triton.jit
+def _narrow(low, high, sum_low, sum_high, pivot, sum_to, target):
+    """Return the range of keys (low, high], and the sums up to both, after one pivot."""
+    is_reached = sum_to.to(tl.float64) >= target
+    high_moves = is_reached & (pivot < high)
+    low_moves = (is_reached == 0) & (pivot > low)
+    return (
+        tl.where(low_moves, pivot, low),
+        tl.where(high_moves, pivot, high),
+        tl.where(low_moves, sum_to, sum_low),
+        tl.where(high_moves, sum_to, sum_high),
+    )
+
+
+@triton.jit
+def _copy_range(
+    row_ptr, vocab_size, largest, temperature, min_weight, low, high, id_ptr, score_ptr,
+    CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy the tokens of keys in (low, high] that weigh at least min_weight; return their number."""
+    num_candidates = tl.full((), 0, tl.int32)
+    for start in range(0, vocab_size, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        scores, keys = load_scores(row_ptr, ids, vocab_size, largest, temperature)
+        is_candidate = (keys > low) & (keys <= high) & (tl.exp(scores) >= min_weight)
+        num_candidates = append_candidates(
+            id_ptr, score_ptr, num_candidates, ids, scores, is_candidate, CAPACITY
+        )
+    # Other threads of the program read what this one wrote.
+    tl.debug_barrier()
+    return num_candidates
 
 
 @triton.jit
@@ -26,72 +106,115 @@ def _search(
     temperature,
     min_weight,
     end_key,
+    sum_all,
     target,
+    id_ptr,
+    score_ptr,
     IS_MASS: tl.constexpr,
+    CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
-    NUM_PIVOTS: tl.constexpr,
 ):
-    """Return the least key up to which tokens add up to target, and the sum before that key.
+    """Return the least key up to which tokens add up to target, and the last id kept at it.
 
-    Tokens count 1 each, or with IS_MASS their weights that are at least min_weight. end_key
-    where those before it do not add up.
+    Tokens count 1 each, or with IS_MASS their weights that are at least min_weight; all of them
+    sum_all, a float32. target is a float64. end_key where those before it do not add up.
+    id_ptr, score_ptr: [CAPACITY] of scratch.
     """
+    # The sum up to low is below target; that up to high reaches it, or no token beyond counts.
     low, high = tl.full((), -1, tl.int32), end_key.to(tl.int32)
-    before = tl.full((), 0.0, tl.float32)
-    index = tl.arange(0, NUM_PIVOTS)
-    step = tl.full((), 0, tl.int32)
-    # The sum up to low is below target, that up to high reaches it.
-    while high - low > 1:
-        # Evenly over keys, or at first over scores, among which logits lie more evenly. Scores
-        # below -32 are never drawn; only the sums need them.
-        even = low + ((high - low).to(tl.int64) * (index + 1) // (NUM_PIVOTS + 1)).to(tl.int32)
-        first = tl.maximum(low, 0).to(tl.float32, bitcast=True)
-        last = tl.minimum(high, 0x42000000).to(tl.float32, bitcast=True)
-        by_score = first + (last - first) * ((index + 1).to(tl.float32) / NUM_PIVOTS)
-        is_by_score = (step < 3) & (low < 0x42000000)
-        pivots = tl.where(is_by_score, by_score.to(tl.int32, bitcast=True), even)
-        pivots = tl.minimum(tl.maximum(pivots, low + 1), high - 1)
-        # The least key above low is next in line, once a pass has found it.
-        pivots = tl.where(index == 0, low + 1, pivots)
-
-        sums = tl.zeros((BLOCK, NUM_PIVOTS), dtype=tl.float32)
-        nearest = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
-        for start in range(0, vocab_size, BLOCK):
-            ids = start + tl.arange(0, BLOCK)
-            scores, keys = load_scores(row_ptr, ids, vocab_size, largest, temperature)
-            if IS_MASS:
-                weights = tl.exp(scores)
-                amounts = tl.where(weights >= min_weight, weights, 0.0)
-            else:
-                amounts = tl.full((BLOCK,), 1.0, tl.float32)
-            sums += tl.where(keys[:, None] <= pivots[None, :], amounts[:, None], 0.0)
-            nearest = tl.minimum(nearest, tl.where(keys > low, keys, 0x7FFFFFFF))
-        sum_to = tl.sum(sums, axis=0)
-        is_reached = sum_to.to(tl.float64) >= target
-        new_low = tl.max(tl.where(is_reached, low, pivots), axis=0)
-        high = tl.min(tl.where(is_reached, pivots, high), axis=0)
-        before = tl.maximum(before, tl.max(tl.where(is_reached, 0.0, sum_to), axis=0))
-        low = tl.maximum(new_low, tl.minimum(tl.min(nearest, axis=0), high) - 1)
-        step += 1
-    return high, before
+    sum_low, sum_high = tl.full((), 0.0, tl.float32), sum_all
+    last_tie = tl.full((), -1, tl.int32)
+    room = tl.full((), 1.0 * CAPACITY, tl.float32)
+    num_passes = tl.full((), 0, tl.int32)
+    is_even = tl.full((), 1, tl.int1)
+    is_found = tl.full((), 0, tl.int1)
+    while is_found == 0:
+        amount = _weight_at(high) if IS_MASS else 1.0
+        if sum_high - sum_low <= room * amount:
+            num_candidates = _copy_range(
+                row_ptr, vocab_size, largest, temperature, min_weight, low, high,
+                id_ptr, score_ptr, CAPACITY, BLOCK,
+            )  # fmt: skip
+            if num_candidates <= CAPACITY:
+                ids, scores, keys = load_candidates(id_ptr, score_ptr, num_candidates, CAPACITY)
+                missing = target - sum_low.to(tl.float64)
+                if IS_MASS:
+                    amounts = units_of(tl.exp(scores))
+                    units = units_of(missing)
+                else:
+                    amounts = (keys < NO_TOKEN).to(tl.int64)
+                    units = missing.to(tl.int64)
+                units = tl.maximum(units, 1)
+                high = least_key(keys, amounts, units)
+                last_tie = last_tie_of(ids, keys, amounts, high, units, CAPACITY)
+                is_found = tl.full((), 1, tl.int1)
+            # The sums are rounded, so there may be more: then only passes are left.
+            room = tl.full((), -1.0, tl.float32)
+        elif high - low == 1:
+            # Those that weigh nothing never add up: then all stay.
+            num_ties = tl.ceil((target - sum_low) / tl.maximum(amount, 1e-30))
+            num_ties = tl.minimum(tl.maximum(num_ties, 1.0), 2147483520.0).to(tl.int32)
+            last_tie = _tie_among_all(
+                row_ptr, vocab_size, largest, temperature, high, num_ties, BLOCK
+            )
+            is_found = tl.full((), 1, tl.int1)
+        else:
+            # One pivot at the least key that is left. The others are the scores 2, 6, 12 and 20 at
+            # first, then lie around where a straight line reaches target, or evenly where the
+            # last pass took away less than three quarters.
+            span = high - low
+            share = (target.to(tl.float32) - sum_low) / tl.maximum(sum_high - sum_low, 1e-30)
+            share = tl.minimum(tl.maximum(share, 0.0), 1.0)
+            middle = low + (span.to(tl.float32) * share).to(tl.int32)
+            p1 = tl.where(is_even, low + span // 5, middle - span // 8)
+            p2 = tl.where(is_even, low + span // 5 * 2, middle - span // 256)
+            p3 = tl.where(is_even, low + span // 5 * 3, middle + span // 256)
+            p4 = tl.where(is_even, low + span // 5 * 4, middle + span // 8)
+            if num_passes == 0:
+                p1 = tl.full((), 0x40000000, tl.int32)
+                p2 = tl.full((), 0x40C00000, tl.int32)
+                p3 = tl.full((), 0x41400000, tl.int32)
+                p4 = tl.full((), 0x41A00000, tl.int32)
+            p0 = low + 1
+            p1 = tl.minimum(tl.maximum(p1, low + 1), high - 1)
+            p2 = tl.minimum(tl.maximum(p2, low + 1), high - 1)
+            p3 = tl.minimum(tl.maximum(p3, low + 1), high - 1)
+            p4 = tl.minimum(tl.maximum(p4, low + 1), high - 1)
+            to0, to1, to2, to3, to4, nearest = _pass(
+                row_ptr, vocab_size, largest, temperature, min_weight, low, p0, p1, p2, p3, p4,
+                IS_MASS, BLOCK,
+            )  # fmt: skip
+            low, high, sum_low, sum_high = _narrow(low, high, sum_low, sum_high, p0, to0, target)
+            low, high, sum_low, sum_high = _narrow(low, high, sum_low, sum_high, p1, to1, target)
+            low, high, sum_low, sum_high = _narrow(low, high, sum_low, sum_high, p2, to2, target)
+            low, high, sum_low, sum_high = _narrow(low, high, sum_low, sum_high, p3, to3, target)
+            low, high, sum_low, sum_high = _narrow(low, high, sum_low, sum_high, p4, to4, target)
+            low = tl.maximum(low, tl.minimum(nearest, high) - 1)
+            is_even = (num_passes > 0) & (high - low > span // 4)
+            num_passes += 1
+    return high, last_tie
 
 
 @triton.jit
-def _mass_before(
-    row_ptr, vocab_size, largest, temperature, min_weight, end_key, BLOCK: tl.constexpr
-):
-    """Return the sum of the weights that are at least min_weight, of tokens before end_key."""
+def _kept_mass(
+    row_ptr, vocab_size, largest, temperature, min_weight, limit_key, last_tie,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return the mass of tokens within a limit that weigh at least min_weight."""
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         scores, keys = load_scores(row_ptr, ids, vocab_size, largest, temperature)
+        is_kept = (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))
         weights = tl.exp(scores)
-        sums += tl.where((keys < end_key) & (weights >= min_weight), weights, 0.0)
+        sums += tl.where(is_kept & (weights >= min_weight), weights, 0.0)
     return tl.sum(sums, axis=0)
 
 
 @triton.jit
-def _last_tie(row_ptr, vocab_size, largest, temperature, limit_key, num_ties, BLOCK: tl.constexpr):
+def _tie_among_all(
+    row_ptr, vocab_size, largest, temperature, limit_key, num_ties, BLOCK: tl.constexpr
+):
     """Return the id of the num_ties-th token whose key is limit_key, or of the last."""
     seen = tl.full((), 0, tl.int32)
     last = tl.full((), -1, tl.int32)
@@ -114,51 +237,48 @@ def search_kernel(
     top_p_ptr,  # [num_rows] float32
     min_p_ptr,  # [num_rows] float32
     row_largest_ptr,  # [num_rows] float32
+    mass_ptr,  # [num_rows] float32, of all tokens, or 0
     route_ptr,  # [num_rows] int32
-    limit_key_ptr,  # [num_rows] int32, out: no token beyond it is drawn
-    last_tie_ptr,  # [num_rows] int32, out: nor one at it of a larger id
+    candidate_id_ptr,  # [num_rows, CAPACITY] int32, scratch
+    candidate_score_ptr,  # [num_rows, CAPACITY] float32, scratch
+    limit_key_ptr,  # [num_rows] int32, in and out: no token beyond it is drawn
+    last_tie_ptr,  # [num_rows] int32, in and out: nor one at it of a larger id
     logits_stride,
     vocab_size,
+    IS_MASS: tl.constexpr,
+    CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
-    NUM_PIVOTS: tl.constexpr,
 ):
+    """Search the top-k limit, or with IS_MASS after it the top-p limit."""
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(route_ptr + row) == SEARCH:
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    is_asked = top_p < 1.0 if IS_MASS else is_limited_by_rank(top_k, vocab_size)
+    if (tl.load(route_ptr + row) == SEARCH) & is_asked:
         temperature = tl.load(temperature_ptr + row)
-        top_k = tl.load(top_k_ptr + row)
-        top_p = tl.load(top_p_ptr + row)
-        min_p = tl.load(min_p_ptr + row)
         largest = tl.load(row_largest_ptr + row)
         row_ptr = logits_ptr + row * logits_stride
-        limit_key = tl.full((), NO_LIMIT, tl.int32)
-        last_tie = tl.full((), -1, tl.int32)
-        num_ties = tl.full((), 0, tl.int32)
-        if is_limited_by_rank(top_k, vocab_size):
-            limit_key, num_before = _search(
-                row_ptr, vocab_size, largest, temperature, 0.0, limit_key,
-                top_k.to(tl.float64), False, BLOCK, NUM_PIVOTS,
-            )  # fmt: skip
-            num_ties = top_k - num_before.to(tl.int32)
-        if top_p < 1.0:
-            mass = _mass_before(row_ptr, vocab_size, largest, temperature, min_p, limit_key, BLOCK)
-            # Those that tie at the top-k limit count as many times as they stay.
-            limit_weight = tl.exp(-(tl.minimum(limit_key, 0x7F800000).to(tl.float32, bitcast=True)))
-            limit_weight = tl.where(limit_weight >= min_p, limit_weight, 0.0)
-            mass += num_ties.to(tl.float32) * limit_weight
-            target = top_p.to(tl.float64) * mass.to(tl.float64)
-            key, before = _search(
+        id_ptr = candidate_id_ptr + row * CAPACITY
+        score_ptr = candidate_score_ptr + row * CAPACITY
+        limit_key, last_tie = tl.load(limit_key_ptr + row), tl.load(last_tie_ptr + row)
+        if IS_MASS:
+            min_p = tl.load(min_p_ptr + row)
+            mass = tl.load(mass_ptr + row)
+            if mass == 0.0:
+                mass = _kept_mass(
+                    row_ptr, vocab_size, largest, temperature, min_p, limit_key, last_tie, BLOCK
+                )
+            key, tie = _search(
                 row_ptr, vocab_size, largest, temperature, min_p, limit_key,
-                target, True, BLOCK, NUM_PIVOTS,
+                mass, top_p.to(tl.float64) * mass.to(tl.float64),
+                id_ptr, score_ptr, True, CAPACITY, BLOCK,
             )  # fmt: skip
-            weight = tl.exp(-(tl.minimum(key, 0x7F800000).to(tl.float32, bitcast=True)))
-            missing = (target - before.to(tl.float64)) / weight.to(tl.float64)
-            # A weight of 0 makes this infinite: then every tie stays.
-            missing = tl.minimum(tl.maximum(tl.ceil(missing), 1.0), 2147483520.0).to(tl.int32)
-            num_ties = tl.where(key == limit_key, tl.minimum(num_ties, missing), missing)
-            limit_key = key
-        if limit_key < NO_LIMIT:
-            last_tie = _last_tie(
-                row_ptr, vocab_size, largest, temperature, limit_key, num_ties, BLOCK
-            )
-        tl.store(limit_key_ptr + row, limit_key)
-        tl.store(last_tie_ptr + row, last_tie)
+            tie = tl.where(key == limit_key, tl.minimum(last_tie, tie), tie)
+        else:
+            key, tie = _search(
+                row_ptr, vocab_size, largest, temperature, 0.0, limit_key,
+                vocab_size.to(tl.float32), top_k.to(tl.float64),
+                id_ptr, score_ptr, False, CAPACITY, BLOCK,
+            )  # fmt: skip
+        tl.store(limit_key_ptr + row, key)
+        tl.store(last_tie_ptr + row, tie)
