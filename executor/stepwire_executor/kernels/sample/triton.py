@@ -92,6 +92,7 @@ def choose(logits: Tensor, batch: SamplingBatch, config: Config = CONFIG) -> Cho
     max_listed, capacity = config.max_listed, config.capacity
     group_largest, group_mass = (empty(torch.float32, num_groups) for _ in range(2))
     row_largest, mass = (empty(torch.float32) for _ in range(2))
+    inverse_temperature = empty(torch.float64)
     bound_keys, num_listed, num_candidates, limit_keys, last_ties = (
         empty(torch.int32) for _ in range(5)
     )
@@ -110,32 +111,32 @@ def choose(logits: Tensor, batch: SamplingBatch, config: Config = CONFIG) -> Cho
     bound_kernel[rows](
         logits, group_largest, group_mass,
         batch.temperature, batch.top_k, batch.top_p, batch.min_p,
-        token_ids, is_finite, row_largest, routes, bound_keys, mass, num_listed, listed,
+        token_ids, is_finite, row_largest, inverse_temperature, routes, bound_keys, mass, num_listed, listed,
         limit_keys, last_ties, stride, vocab_size, num_groups,
         GROUP=group, BLOCK_GROUPS=block_groups, MAX_LISTED=max_listed,
         num_warps=config.row_warps(block_groups),
     )  # fmt: skip
     gather_kernel[rows](
-        logits, batch.temperature, row_largest, bound_keys, num_listed, listed,
+        logits, inverse_temperature, row_largest, bound_keys, num_listed, listed,
         routes, num_candidates, candidate_ids, candidate_scores, stride, vocab_size,
         GROUP=group, MAX_LISTED=max_listed, CAPACITY=capacity, BLOCK=config.gather_block,
         num_warps=config.row_warps(config.gather_block),
     )  # fmt: skip
     choose_kernel[rows](
-        batch.temperature, batch.top_k, batch.top_p, batch.min_p,
+        batch.top_k, batch.top_p, batch.min_p,
         batch.seeds, batch.positions, batch.streams,
         mass, num_candidates, candidate_ids, candidate_scores, routes, token_ids, vocab_size,
         CAPACITY=capacity, num_warps=config.row_warps(capacity),
     )  # fmt: skip
     for is_mass in (False, True):
         search_kernel[rows](
-            logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p,
+            logits, inverse_temperature, batch.top_k, batch.top_p, batch.min_p,
             row_largest, mass, routes, candidate_ids, candidate_scores, limit_keys, last_ties,
             stride, vocab_size, IS_MASS=is_mass, CAPACITY=capacity, BLOCK=config.search_block,
             num_warps=config.row_warps(config.search_block),
         )  # fmt: skip
     draw_kernel[chunks](
-        logits, batch.temperature, batch.min_p, batch.seeds, batch.positions, batch.streams,
+        logits, inverse_temperature, batch.min_p, batch.seeds, batch.positions, batch.streams,
         token_ids, row_largest, routes, limit_keys, last_ties, chunk_scores, chunk_ids,
         stride, vocab_size, num_chunks,
         BLOCK=config.block, num_warps=config.num_warps,

@@ -89,7 +89,7 @@ def last_tie_of(ids, keys, amounts, limit_key, target, CAPACITY: tl.constexpr):
 @triton.jit
 def gather_kernel(
     logits_ptr,  # [num_rows, vocab_size] float32
-    temperature_ptr,  # [num_rows] float32
+    inverse_temperature_ptr,  # [num_rows] float64
     row_largest_ptr,  # [num_rows] float32
     bound_key_ptr,  # [num_rows] int32
     num_listed_ptr,  # [num_rows] int32
@@ -107,7 +107,7 @@ def gather_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     if tl.load(route_ptr + row) == CANDIDATES:
-        temperature = tl.load(temperature_ptr + row)
+        inverse_temperature = tl.load(inverse_temperature_ptr + row)
         largest = tl.load(row_largest_ptr + row)
         bound_key = tl.load(bound_key_ptr + row)
         num_listed = tl.load(num_listed_ptr + row)
@@ -120,7 +120,7 @@ def gather_kernel(
             )
             ids = tl.where(groups >= 0, groups * GROUP + members % GROUP, vocab_size)
             scores, keys = load_scores(
-                logits_ptr + row * logits_stride, ids, vocab_size, largest, temperature
+                logits_ptr + row * logits_stride, ids, vocab_size, largest, inverse_temperature
             )
             num_candidates = append_candidates(
                 candidate_id_ptr + row * CAPACITY, candidate_score_ptr + row * CAPACITY,
@@ -133,7 +133,6 @@ def gather_kernel(
 
 @triton.jit
 def choose_kernel(
-    temperature_ptr,  # [num_rows] float32
     top_k_ptr,  # [num_rows] int32
     top_p_ptr,  # [num_rows] float32
     min_p_ptr,  # [num_rows] float32

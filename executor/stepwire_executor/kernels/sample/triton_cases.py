@@ -26,6 +26,7 @@ _ARGUMENTS = {
     "token_id_ptr": "*i64",
     "is_finite_ptr": "*u8",
     "row_largest_ptr": "*fp32",
+    "inverse_temperature_ptr": "*fp64",
     "route_ptr": "*i32",
     "bound_key_ptr": "*i32",
     "mass_ptr": "*fp32",

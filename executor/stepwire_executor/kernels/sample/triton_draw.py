@@ -12,7 +12,7 @@ from stepwire_executor.kernels.sample.triton_scores import NO_TOKEN, SEARCH, loa
 @triton.jit
 def draw_kernel(
     logits_ptr,  # [num_rows, vocab_size] float32
-    temperature_ptr,  # [num_rows] float32
+    inverse_temperature_ptr,  # [num_rows] float64
     min_p_ptr,  # [num_rows] float32
     seed_ptr,  # [num_rows] int64
     position_ptr,  # [num_rows] int64
@@ -37,7 +37,7 @@ def draw_kernel(
             ids,
             vocab_size,
             tl.load(row_largest_ptr + row),
-            tl.load(temperature_ptr + row),
+            tl.load(inverse_temperature_ptr + row),
         )
         limit_key, last_tie = tl.load(limit_key_ptr + row), tl.load(last_tie_ptr + row)
         is_kept = (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))

@@ -110,6 +110,7 @@ def bound_kernel(
     token_id_ptr,  # [num_rows] int64, out: the likeliest
     is_finite_ptr,  # [num_rows] uint8, out
     row_largest_ptr,  # [num_rows] float32, out
+    inverse_temperature_ptr,  # [num_rows] float64, out where tokens are drawn
     route_ptr,  # [num_rows] int32, out
     bound_key_ptr,  # [num_rows] int32, out: tokens up to it are candidates
     mass_ptr,  # [num_rows] float32, out: of all tokens, 0 where that of the candidates will do
@@ -150,8 +151,10 @@ def bound_kernel(
     route = tl.full((), SETTLED, tl.int32)
     if is_finite & (temperature > 0.0):
         route = tl.full((), WHOLE, tl.int32)
+        inverse_temperature = 1.0 / temperature.to(tl.float64)
+        tl.store(inverse_temperature_ptr + row, inverse_temperature)
         if has_top_k | (top_p < 1.0) | (min_p > 0.0):
-            scores = scores_of(maxima, largest, temperature)
+            scores = scores_of(maxima, largest, inverse_temperature)
             keys = tl.where(mask, keys_of(scores), NO_TOKEN)
             bound_key = tl.full((), NEVER_DRAWN, tl.int32)
             mass = tl.full((), 0.0, tl.float32)

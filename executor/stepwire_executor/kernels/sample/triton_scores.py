@@ -25,9 +25,14 @@ NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def scores_of(x, largest, temperature):
-    """Return (x - largest) / temperature, rounded as IEEE 754 says."""
-    return tl.div_rn(x - largest, tl.zeros_like(x) + temperature)
+def scores_of(x, largest, inverse_temperature):
+    """Return (x - largest) / temperature, rounded as IEEE 754 says.
+
+    inverse_temperature is a float64: no quotient of two float32 is so near to the middle of two
+    others that the product's error of 2^-52 could round it to the wrong one. This takes a third of
+    a float32 division's instructions, and no branch.
+    """
+    return ((x - largest).to(tl.float64) * inverse_temperature).to(tl.float32)
 
 
 @triton.jit
@@ -37,11 +42,11 @@ def keys_of(scores):
 
 
 @triton.jit
-def load_scores(row_ptr, ids, vocab_size, largest, temperature):
+def load_scores(row_ptr, ids, vocab_size, largest, inverse_temperature):
     """Return the scores and keys of tokens of a row; past the vocabulary -inf and NO_TOKEN."""
     mask = ids < vocab_size
     x = tl.load(row_ptr + ids, mask=mask, other=float("-inf"))
-    scores = scores_of(x, largest, temperature)
+    scores = scores_of(x, largest, inverse_temperature)
     return scores, tl.where(mask, keys_of(scores), NO_TOKEN)
 
 

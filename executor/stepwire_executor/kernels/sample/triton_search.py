@@ -34,7 +34,7 @@ def _weight_at(key):
 
 @triton.jit
 def _pass(
-    row_ptr, vocab_size, largest, temperature, min_weight, low, p0, p1, p2, p3, p4,
+    row_ptr, vocab_size, largest, inverse_temperature, min_weight, low, p0, p1, p2, p3, p4,
     IS_MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return the sums up to each of five keys, and the least key above low."""
@@ -43,7 +43,7 @@ def _pass(
     nearest = tl.full((BLOCK,), NO_TOKEN, tl.int32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        scores, keys = load_scores(row_ptr, ids, vocab_size, largest, temperature)
+        scores, keys = load_scores(row_ptr, ids, vocab_size, largest, inverse_temperature)
         if IS_MASS:
             weights = tl.exp(scores)
             amounts = tl.where(weights >= min_weight, weights, 0.0)
@@ -81,14 +81,14 @@ def _narrow(low, high, sum_low, sum_high, pivot, sum_to, target):
 
 @triton.jit
 def _copy_range(
-    row_ptr, vocab_size, largest, temperature, min_weight, low, high, id_ptr, score_ptr,
+    row_ptr, vocab_size, largest, inverse_temperature, min_weight, low, high, id_ptr, score_ptr,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy the tokens of keys in (low, high] that weigh at least min_weight; return their number."""
     num_candidates = tl.full((), 0, tl.int32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        scores, keys = load_scores(row_ptr, ids, vocab_size, largest, temperature)
+        scores, keys = load_scores(row_ptr, ids, vocab_size, largest, inverse_temperature)
         is_candidate = (keys > low) & (keys <= high) & (tl.exp(scores) >= min_weight)
         num_candidates = append_candidates(
             id_ptr, score_ptr, num_candidates, ids, scores, is_candidate, CAPACITY
@@ -103,7 +103,7 @@ def _search(
     row_ptr,
     vocab_size,
     largest,
-    temperature,
+    inverse_temperature,
     min_weight,
     end_key,
     sum_all,
@@ -132,7 +132,7 @@ def _search(
         amount = _weight_at(high) if IS_MASS else 1.0
         if sum_high - sum_low <= room * amount:
             num_candidates = _copy_range(
-                row_ptr, vocab_size, largest, temperature, min_weight, low, high,
+                row_ptr, vocab_size, largest, inverse_temperature, min_weight, low, high,
                 id_ptr, score_ptr, CAPACITY, BLOCK,
             )  # fmt: skip
             if num_candidates <= CAPACITY:
@@ -155,7 +155,7 @@ def _search(
             num_ties = tl.ceil((target - sum_low) / tl.maximum(amount, 1e-30))
             num_ties = tl.minimum(tl.maximum(num_ties, 1.0), 2147483520.0).to(tl.int32)
             last_tie = _tie_among_all(
-                row_ptr, vocab_size, largest, temperature, high, num_ties, BLOCK
+                row_ptr, vocab_size, largest, inverse_temperature, high, num_ties, BLOCK
             )
             is_found = tl.full((), 1, tl.int1)
         else:
@@ -181,7 +181,7 @@ def _search(
             p3 = tl.minimum(tl.maximum(p3, low + 1), high - 1)
             p4 = tl.minimum(tl.maximum(p4, low + 1), high - 1)
             to0, to1, to2, to3, to4, nearest = _pass(
-                row_ptr, vocab_size, largest, temperature, min_weight, low, p0, p1, p2, p3, p4,
+                row_ptr, vocab_size, largest, inverse_temperature, min_weight, low, p0, p1, p2, p3, p4,
                 IS_MASS, BLOCK,
             )  # fmt: skip
             low, high, sum_low, sum_high = _narrow(low, high, sum_low, sum_high, p0, to0, target)
@@ -197,14 +197,14 @@ def _search(
 
 @triton.jit
 def _kept_mass(
-    row_ptr, vocab_size, largest, temperature, min_weight, limit_key, last_tie,
+    row_ptr, vocab_size, largest, inverse_temperature, min_weight, limit_key, last_tie,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return the mass of tokens within a limit that weigh at least min_weight."""
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        scores, keys = load_scores(row_ptr, ids, vocab_size, largest, temperature)
+        scores, keys = load_scores(row_ptr, ids, vocab_size, largest, inverse_temperature)
         is_kept = (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))
         weights = tl.exp(scores)
         sums += tl.where(is_kept & (weights >= min_weight), weights, 0.0)
@@ -213,14 +213,14 @@ def _kept_mass(
 
 @triton.jit
 def _tie_among_all(
-    row_ptr, vocab_size, largest, temperature, limit_key, num_ties, BLOCK: tl.constexpr
+    row_ptr, vocab_size, largest, inverse_temperature, limit_key, num_ties, BLOCK: tl.constexpr
 ):
     """Return the id of the num_ties-th token whose key is limit_key, or of the last."""
     seen = tl.full((), 0, tl.int32)
     last = tl.full((), -1, tl.int32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        _, keys = load_scores(row_ptr, ids, vocab_size, largest, temperature)
+        _, keys = load_scores(row_ptr, ids, vocab_size, largest, inverse_temperature)
         is_tie = (keys == limit_key).to(tl.int32)
         place = seen + tl.cumsum(is_tie, axis=0)
         is_kept = (is_tie > 0) & (place <= num_ties)
@@ -232,7 +232,7 @@ def _tie_among_all(
 @triton.jit
 def search_kernel(
     logits_ptr,  # [num_rows, vocab_size] float32
-    temperature_ptr,  # [num_rows] float32
+    inverse_temperature_ptr,  # [num_rows] float64
     top_k_ptr,  # [num_rows] int32
     top_p_ptr,  # [num_rows] float32
     min_p_ptr,  # [num_rows] float32
@@ -255,7 +255,7 @@ def search_kernel(
     top_p = tl.load(top_p_ptr + row)
     is_asked = top_p < 1.0 if IS_MASS else is_limited_by_rank(top_k, vocab_size)
     if (tl.load(route_ptr + row) == SEARCH) & is_asked:
-        temperature = tl.load(temperature_ptr + row)
+        inverse_temperature = tl.load(inverse_temperature_ptr + row)
         largest = tl.load(row_largest_ptr + row)
         row_ptr = logits_ptr + row * logits_stride
         id_ptr = candidate_id_ptr + row * CAPACITY
@@ -266,17 +266,17 @@ def search_kernel(
             mass = tl.load(mass_ptr + row)
             if mass == 0.0:
                 mass = _kept_mass(
-                    row_ptr, vocab_size, largest, temperature, min_p, limit_key, last_tie, BLOCK
+                    row_ptr, vocab_size, largest, inverse_temperature, min_p, limit_key, last_tie, BLOCK
                 )
             key, tie = _search(
-                row_ptr, vocab_size, largest, temperature, min_p, limit_key,
+                row_ptr, vocab_size, largest, inverse_temperature, min_p, limit_key,
                 mass, top_p.to(tl.float64) * mass.to(tl.float64),
                 id_ptr, score_ptr, True, CAPACITY, BLOCK,
             )  # fmt: skip
             tie = tl.where(key == limit_key, tl.minimum(last_tie, tie), tie)
         else:
             key, tie = _search(
-                row_ptr, vocab_size, largest, temperature, 0.0, limit_key,
+                row_ptr, vocab_size, largest, inverse_temperature, 0.0, limit_key,
                 vocab_size.to(tl.float32), top_k.to(tl.float64),
                 id_ptr, score_ptr, False, CAPACITY, BLOCK,
             )  # fmt: skip
