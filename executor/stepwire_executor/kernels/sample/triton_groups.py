@@ -128,9 +128,7 @@ def bound_kernel(
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, BLOCK_GROUPS)
     mask = groups < num_groups
-    maxima = tl.load(
-        group_largest_ptr + row * num_groups + groups, mask=mask, other=float("-inf")
-    )
+    maxima = tl.load(group_largest_ptr + row * num_groups + groups, mask=mask, other=float("-inf"))
     largest = tl.max(maxima, axis=0)
     is_finite = tl.abs(largest) < float("inf")
     first_group = tl.min(tl.where(maxima == largest, groups, num_groups - 1), axis=0)

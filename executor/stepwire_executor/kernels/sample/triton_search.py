@@ -142,8 +142,8 @@ def _search(
                     amounts = units_of(tl.exp(scores))
                     units = units_of(missing)
                 else:
-                    amounts = (keys < NO_TOKEN).to(tl.int64)
-                    units = missing.to(tl.int64)
+                    amounts = (keys < NO_TOKEN).to(tl.int32)
+                    units = missing.to(tl.int32)
                 units = tl.maximum(units, 1)
                 high = least_key(keys, amounts, units)
                 last_tie = last_tie_of(ids, keys, amounts, high, units, CAPACITY)
@@ -266,7 +266,14 @@ def search_kernel(
             mass = tl.load(mass_ptr + row)
             if mass == 0.0:
                 mass = _kept_mass(
-                    row_ptr, vocab_size, largest, inverse_temperature, min_p, limit_key, last_tie, BLOCK
+                    row_ptr,
+                    vocab_size,
+                    largest,
+                    inverse_temperature,
+                    min_p,
+                    limit_key,
+                    last_tie,
+                    BLOCK,
                 )
             key, tie = _search(
                 row_ptr, vocab_size, largest, inverse_temperature, min_p, limit_key,
