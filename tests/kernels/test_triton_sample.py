@@ -36,7 +36,7 @@ from stepwire_executor.kernels.sample.triton_scores import (  # noqa: E402
 )
 
 TINY = Config(
-    group=4, block=64, max_listed=16, capacity=32, gather_block=32, search_block=64
+    group=4, block=64, max_listed=16, capacity=32, few=8, gather_block=32, search_block=64
 )  # fmt: skip
 """Sizes at which a few hundred tokens take every route."""
 ROUTES = {x.value: name for name, x in (

@@ -126,7 +126,7 @@ def choose(logits: Tensor, batch: SamplingBatch, config: Config = CONFIG) -> Cho
         batch.top_k, batch.top_p, batch.min_p,
         batch.seeds, batch.positions, batch.streams,
         mass, num_candidates, candidate_ids, candidate_scores, routes, token_ids, vocab_size,
-        CAPACITY=capacity, num_warps=config.row_warps(capacity),
+        FEW=config.few, CAPACITY=capacity, num_warps=config.row_warps(capacity),
     )  # fmt: skip
     for is_mass in (False, True):
         search_kernel[rows](

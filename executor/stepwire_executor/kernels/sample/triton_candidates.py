@@ -132,6 +132,50 @@ def gather_kernel(
 
 
 @triton.jit
+def _choose_among(
+    row, num_candidates, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr, stream_ptr,
+    mass_ptr, id_ptr, score_ptr, route_ptr, token_id_ptr, vocab_size, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Apply a row's limits to its candidates, at most CAPACITY, and draw; see choose_kernel."""
+    ids, scores, keys = load_candidates(id_ptr, score_ptr, num_candidates, CAPACITY)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    is_kept = keys < NO_TOKEN
+    if is_limited_by_rank(top_k, vocab_size) & (num_candidates > top_k):
+        ones = is_kept.to(tl.int32)
+        limit_key = least_key(keys, ones, top_k)
+        last_tie = last_tie_of(ids, keys, ones, limit_key, top_k, CAPACITY)
+        is_kept = (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))
+    weights = tl.exp(scores)
+    is_kept &= weights >= tl.load(min_p_ptr + row)
+    is_enough = tl.full((), 1, tl.int1)
+    if top_p < 1.0:
+        amounts = tl.where(is_kept, units_of(weights), 0)
+        kept_mass = tl.sum(amounts, axis=0)
+        row_mass = tl.load(mass_ptr + row).to(tl.float64) * _UNITS
+        whole_mass = tl.where(row_mass > 0.0, row_mass, kept_mass.to(tl.float64))
+        target = tl.ceil(top_p.to(tl.float64) * whole_mass).to(tl.int64)
+        is_enough = kept_mass >= target
+        limit_key = least_key(keys, amounts, target)
+        last_tie = last_tie_of(ids, keys, amounts, limit_key, target, CAPACITY)
+        is_kept &= (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))
+    if is_enough:
+        is_kept |= ids == tl.load(token_id_ptr + row)
+        bits = noise_bits_of(
+            ids,
+            tl.load(seed_ptr + row),
+            tl.load(position_ptr + row),
+            tl.load(stream_ptr + row),
+        )
+        noisy = tl.where(is_kept, scores + gumbel_noise(bits), float("-inf"))
+        best = tl.max(noisy, axis=0)
+        token_id = tl.min(tl.where(noisy == best, ids, NO_TOKEN), axis=0)
+        tl.store(token_id_ptr + row, token_id.to(tl.int64))
+    else:
+        tl.store(route_ptr + row, SEARCH)
+
+
+@triton.jit
 def choose_kernel(
     top_k_ptr,  # [num_rows] int32
     top_p_ptr,  # [num_rows] float32
@@ -146,49 +190,23 @@ def choose_kernel(
     route_ptr,  # [num_rows] int32, in and out: SEARCH if the candidates' mass falls short
     token_id_ptr,  # [num_rows] int64, in: the likeliest; out: the drawn
     vocab_size,
+    FEW: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if tl.load(route_ptr + row) == CANDIDATES:
         num_candidates = tl.load(num_candidates_ptr + row)
-        ids, scores, keys = load_candidates(
-            candidate_id_ptr + row * CAPACITY,
-            candidate_score_ptr + row * CAPACITY,
-            num_candidates,
-            CAPACITY,
-        )
-        top_k = tl.load(top_k_ptr + row)
-        top_p = tl.load(top_p_ptr + row)
-        is_kept = keys < NO_TOKEN
-        if is_limited_by_rank(top_k, vocab_size) & (num_candidates > top_k):
-            ones = is_kept.to(tl.int32)
-            limit_key = least_key(keys, ones, top_k)
-            last_tie = last_tie_of(ids, keys, ones, limit_key, top_k, CAPACITY)
-            is_kept = (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))
-        weights = tl.exp(scores)
-        is_kept &= weights >= tl.load(min_p_ptr + row)
-        is_enough = tl.full((), 1, tl.int1)
-        if top_p < 1.0:
-            amounts = tl.where(is_kept, units_of(weights), 0)
-            kept_mass = tl.sum(amounts, axis=0)
-            row_mass = tl.load(mass_ptr + row).to(tl.float64) * _UNITS
-            whole_mass = tl.where(row_mass > 0.0, row_mass, kept_mass.to(tl.float64))
-            target = tl.ceil(top_p.to(tl.float64) * whole_mass).to(tl.int64)
-            is_enough = kept_mass >= target
-            limit_key = least_key(keys, amounts, target)
-            last_tie = last_tie_of(ids, keys, amounts, limit_key, target, CAPACITY)
-            is_kept &= (keys < limit_key) | ((keys == limit_key) & (ids <= last_tie))
-        if is_enough:
-            is_kept |= ids == tl.load(token_id_ptr + row)
-            bits = noise_bits_of(
-                ids,
-                tl.load(seed_ptr + row),
-                tl.load(position_ptr + row),
-                tl.load(stream_ptr + row),
-            )
-            noisy = tl.where(is_kept, scores + gumbel_noise(bits), float("-inf"))
-            best = tl.max(noisy, axis=0)
-            token_id = tl.min(tl.where(noisy == best, ids, NO_TOKEN), axis=0)
-            tl.store(token_id_ptr + row, token_id.to(tl.int64))
+        id_ptr = candidate_id_ptr + row * CAPACITY
+        score_ptr = candidate_score_ptr + row * CAPACITY
+        # Usually they are some tens: 1 a thread takes a fraction of 8 a thread's instructions.
+        if num_candidates <= FEW:
+            _choose_among(
+                row, num_candidates, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
+                stream_ptr, mass_ptr, id_ptr, score_ptr, route_ptr, token_id_ptr, vocab_size, FEW,
+            )  # fmt: skip
         else:
-            tl.store(route_ptr + row, SEARCH)
+            _choose_among(
+                row, num_candidates, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
+                stream_ptr, mass_ptr, id_ptr, score_ptr, route_ptr, token_id_ptr, vocab_size,
+                CAPACITY,
+            )  # fmt: skip

@@ -91,7 +91,7 @@ def _cases() -> tuple[CompileCase, ...]:
         ),
         _case(
             "choose", choose_kernel, c.row_warps(c.capacity), "vector_loads",
-            CAPACITY=c.capacity,
+            FEW=c.few, CAPACITY=c.capacity,
         ),
         *(
             _case(

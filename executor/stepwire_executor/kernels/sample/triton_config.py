@@ -22,6 +22,8 @@ class Config:
     """Groups that may hold candidates, a row."""
     capacity: int = 4096
     """Candidates a row."""
+    few: int = 512
+    """Candidates that are looked at in a narrower loop, where there are no more."""
     gather_block: int = 2048
     """Tokens that are compared with a row's bound together."""
     search_block: int = 4096

@@ -84,7 +84,7 @@ def _copy_range(
     row_ptr, vocab_size, largest, inverse_temperature, min_weight, low, high, id_ptr, score_ptr,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy the tokens of keys in (low, high] that weigh at least min_weight; return their number."""
+    """Copy the tokens of keys in (low, high] and at least min_weight; return their number."""
     num_candidates = tl.full((), 0, tl.int32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
@@ -181,8 +181,8 @@ def _search(
             p3 = tl.minimum(tl.maximum(p3, low + 1), high - 1)
             p4 = tl.minimum(tl.maximum(p4, low + 1), high - 1)
             to0, to1, to2, to3, to4, nearest = _pass(
-                row_ptr, vocab_size, largest, inverse_temperature, min_weight, low, p0, p1, p2, p3, p4,
-                IS_MASS, BLOCK,
+                row_ptr, vocab_size, largest, inverse_temperature, min_weight, low,
+                p0, p1, p2, p3, p4, IS_MASS, BLOCK,
             )  # fmt: skip
             low, high, sum_low, sum_high = _narrow(low, high, sum_low, sum_high, p0, to0, target)
             low, high, sum_low, sum_high = _narrow(low, high, sum_low, sum_high, p1, to1, target)
@@ -266,15 +266,9 @@ def search_kernel(
             mass = tl.load(mass_ptr + row)
             if mass == 0.0:
                 mass = _kept_mass(
-                    row_ptr,
-                    vocab_size,
-                    largest,
-                    inverse_temperature,
-                    min_p,
-                    limit_key,
-                    last_tie,
-                    BLOCK,
-                )
+                    row_ptr, vocab_size, largest, inverse_temperature, min_p,
+                    limit_key, last_tie, BLOCK,
+                )  # fmt: skip
             key, tie = _search(
                 row_ptr, vocab_size, largest, inverse_temperature, min_p, limit_key,
                 mass, top_p.to(tl.float64) * mass.to(tl.float64),
