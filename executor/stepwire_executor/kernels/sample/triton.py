@@ -1,6 +1,21 @@
 """Greedy and Gumbel-max sampling in Triton, without a sort and without visiting the host.
 
-DOC
+groups, bound: one read of the logits leaves the likeliest of every 32 tokens, which bound what
+the limits can keep; gather, choose: the few tokens within the bound are copied together, limited
+exactly, and drawn from; search: where they are too many, limits are found among all tokens; draw,
+pick: the best noisy score of rows without limits or with searched ones. Each row goes its own way,
+decided on the device; kernels that have nothing to do for a row return. Groups and stretches start
+at absolute token ids and each row's search is one program's, so that a row's token does not depend
+on the other rows.
+
+Counted for 128 x 131,072 on an H100 (67 MB; 22 us a read at 3.0 TB/s, and 0.9e12 instructions of
+a warp a second), from the code compiled for sm_90; nothing here is measured:
+- groups: 1 read, 12 instructions a logit, 24 where top-p is the only limit: 22 us, of memory.
+- bound, gather, choose, for some tens of candidates: no whole read; about 4, 1 and 6 us.
+- search: 3 to 5 reads a limit, 26 (top-k) or 33 (top-p) instructions each: about 22 us a read, and
+  one more of 61, which copies: 35 us. None where no row needs it; top-k to about 2000 does not.
+- draw: 1 read, 139 instructions, most of them two logarithms: 81 us. 0 for rows of candidates.
+So top-k with top-p: 1 read and about 33 us, and the launches of the four kernels left over.
 """
 
 from __future__ import annotations
@@ -111,7 +126,8 @@ def choose(logits: Tensor, batch: SamplingBatch, config: Config = CONFIG) -> Cho
     bound_kernel[rows](
         logits, group_largest, group_mass,
         batch.temperature, batch.top_k, batch.top_p, batch.min_p,
-        token_ids, is_finite, row_largest, inverse_temperature, routes, bound_keys, mass, num_listed, listed,
+        token_ids, is_finite, row_largest, inverse_temperature,
+        routes, bound_keys, mass, num_listed, listed,
         limit_keys, last_ties, stride, vocab_size, num_groups,
         GROUP=group, BLOCK_GROUPS=block_groups, MAX_LISTED=max_listed,
         num_warps=config.row_warps(block_groups),

@@ -71,7 +71,7 @@ def least_key(keys, amounts, target):
 
 @triton.jit
 def last_tie_of(ids, keys, amounts, limit_key, target, CAPACITY: tl.constexpr):
-    """Return the id up to which tokens at limit_key are kept: the least of which amounts reach target.
+    """Return the id up to which tokens at limit_key are kept, the least that reaches target.
 
     ids are in order; tokens at limit_key have one amount, or 0 where they are out already.
     """

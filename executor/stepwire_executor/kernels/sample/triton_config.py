@@ -13,7 +13,7 @@ class Config:
     """Sizes; all are powers of two, and none changes what is drawn but by rounding of sums."""
 
     group: int = 32
-    """Tokens a group, 128 bytes: a cache line and sector set of its own."""
+    """Tokens a group: 128 bytes, a cache line."""
     block: int = 4096
     """Tokens that a program over part of a row looks at."""
     num_warps: int = 8

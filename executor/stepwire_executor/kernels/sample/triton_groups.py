@@ -31,7 +31,7 @@ _COARSE = tl.constexpr(1 << 12)
 
 @triton.jit
 def _needs_mass(top_k, top_p, min_p, vocab_size):
-    """Return whether the mass of all tokens is needed: other limits make candidates by themselves."""
+    """Return whether top-p is the only limit: others make candidates without the mass of all."""
     return (top_p < 1.0) & (min_p <= 0.0) & (is_limited_by_rank(top_k, vocab_size) == 0)
 
 

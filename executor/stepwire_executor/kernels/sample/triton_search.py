@@ -278,7 +278,7 @@ def search_kernel(
         else:
             key, tie = _search(
                 row_ptr, vocab_size, largest, inverse_temperature, 0.0, limit_key,
-                vocab_size.to(tl.float32), top_k.to(tl.float64),
+                tl.full((), 0.0, tl.float32) + vocab_size, top_k.to(tl.float64),
                 id_ptr, score_ptr, False, CAPACITY, BLOCK,
             )  # fmt: skip
         tl.store(limit_key_ptr + row, key)
