@@ -11,14 +11,16 @@ from torch import Tensor
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
+SCALE_DTYPE = torch.bfloat16
+"""Of the scale that a quantised vector brings: as float32's, its exponent has 8 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVPages:
     """Pages of one layer.
 
-    A quantised element stands for key[b, h, o, d] * key_scale[b, h, o]; unquantised pages have
-    no scales.
+    A quantised element stands for key[b, h, o, d] * key_scale[b, h, o]; a scale of NaN marks a
+    vector that was not finite. Unquantised pages have no scales.
     """
 
     key: Tensor
@@ -26,7 +28,7 @@ class KVPages:
     value: Tensor
     """As key."""
     key_scale: Tensor | None = None
-    """[num_blocks, num_kv_heads, block_size] float32."""
+    """[num_blocks, num_kv_heads, block_size] bfloat16."""
     value_scale: Tensor | None = None
     """As key_scale."""
 
@@ -40,7 +42,7 @@ def bytes_per_block(
     *, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
 ) -> int:
     """Bytes of one block over all layers, scales included."""
-    per_vector = head_dim * dtype.itemsize + (4 if dtype == FP8_DTYPE else 0)
+    per_vector = head_dim * dtype.itemsize + (SCALE_DTYPE.itemsize if dtype == FP8_DTYPE else 0)
     return 2 * num_layers * num_kv_heads * block_size * per_vector
 
 
@@ -58,7 +60,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate zeroed pages; dtype float8_e4m3fn brings a float32 scale a token and head.
+        """Allocate zeroed pages; dtype float8_e4m3fn brings a bfloat16 scale a token and head.
 
         On CPU a page takes memory when it is first written. Raises MemoryError, or
         RuntimeError on other devices, where the pages cannot be had.
@@ -78,7 +80,7 @@ class KVCache:
         def scales() -> Tensor | None:
             if dtype != FP8_DTYPE:
                 return None
-            return _zeros(shape[:3], torch.float32, device)
+            return _zeros(shape[:3], SCALE_DTYPE, device)
 
         self.layers = tuple(
             KVPages(

@@ -134,6 +134,21 @@ def test_rows_that_pad_a_batch_are_zero() -> None:
     assert not got[1:].any()
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("is_key", [True, False])
+def test_a_poisoned_fp8_vector_reaches_its_own_sequence_only(poison: float, is_key: bool) -> None:
+    batch = make_batch([2, 2, 2], [20, 20, 20])
+    keys, values = ([torch.randn(20, 1, 32) for _ in range(3)] for _ in range(2))
+    query = torch.randn(6, 2, 32)
+    clean = attend(query, fill_pages(batch, keys, values, dtype=FP8_DTYPE), batch, scale=0.2)
+    (keys if is_key else values)[1][18, 0, 5] = poison
+    pages = fill_pages(batch, keys, values, dtype=FP8_DTYPE)
+    got = attend(query, pages, batch, scale=0.2)
+    assert torch.equal(got[:2], clean[:2])
+    assert torch.equal(got[4:], clean[4:])
+    assert got[2:4].isnan().all()
+
+
 def test_every_fp8_code_is_read_as_torch_reads_it() -> None:
     batch = make_batch([1], [1])
     codes = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE)

@@ -6,7 +6,7 @@ import torch
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels import SamplingBatch
 from stepwire_executor.kernels.rope_and_write_kv.reference import quantise
-from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+from stepwire_executor.kv_cache import FP8_DTYPE, SCALE_DTYPE, KVPages
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def poisoned_pages(shape: tuple[int, int, int, int], dtype: torch.dtype) -> KVPa
         return torch.full(shape, torch.nan).to(dtype)
 
     def scales() -> Tensor | None:
-        return torch.full(shape[:3], torch.nan) if dtype == FP8_DTYPE else None
+        return torch.full(shape[:3], torch.nan, dtype=SCALE_DTYPE) if dtype == FP8_DTYPE else None
 
     return KVPages(key=pages(), value=pages(), key_scale=scales(), value_scale=scales())
 
@@ -87,6 +87,13 @@ def fill_pages(
                 target.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
                 scales[blocks, :, offsets] = scale
     return pages
+
+
+def smallest_bfloat16_above(x: Tensor) -> Tensor:
+    """Return the least bfloat16 that is at least x, which must be positive and finite."""
+    nearest = x.to(torch.bfloat16)
+    above = (nearest.view(torch.int16) + 1).view(torch.bfloat16)
+    return torch.where(nearest.float() < x, above, nearest)
 
 
 def stored(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,8 @@ class RopeAndWriteKV(Protocol):
         head_dim]; each may be a strided view with unit stride in head_dim.
         cos_sin: [max_positions, rotary_dim] float32, cosines then sines; neox order: element i
         pairs with i + rotary_dim / 2. batch.slot_mapping of -1 stores nothing.
-        fp8 pages: scale = max(amax, tiny) / 448 a token and head, values saturate.
+        fp8 pages: scale = max(amax, tiny) / 448 a token and head, rounded up to bfloat16; NaN
+        where the vector is not finite, which then reads as NaN throughout.
         """
         ...
 

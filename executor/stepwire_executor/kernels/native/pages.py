@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from stepwire_executor.kernels.native.library import DTYPE_CODES
-from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+from stepwire_executor.kv_cache import FP8_DTYPE, SCALE_DTYPE, KVPages
 
 
 def check_pages(pages: KVPages, head_dim: int) -> None:
@@ -24,8 +22,6 @@ def check_pages(pages: KVPages, head_dim: int) -> None:
         if (scale is not None) != (key.dtype == FP8_DTYPE):
             raise ValueError("e4m3 pages, and only they, have scales")
         if scale is not None and (
-            scale.shape != key.shape[:3]
-            or scale.dtype != torch.float32
-            or not scale.is_contiguous()
+            scale.shape != key.shape[:3] or scale.dtype != SCALE_DTYPE or not scale.is_contiguous()
         ):
-            raise ValueError("scales must be contiguous float32 [num_blocks, num_kv_heads, size]")
+            raise ValueError("scales must be contiguous bfloat16 [num_blocks, num_kv_heads, size]")

@@ -22,7 +22,7 @@ from stepwire_executor.kernels.paged_attention.triton_config import (
 )
 from stepwire_executor.kernels.paged_attention.triton_decode import decode_attention_kernel
 from stepwire_executor.kernels.paged_attention.triton_prefill import prefill_attention_kernel
-from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+from stepwire_executor.kv_cache import FP8_DTYPE, SCALE_DTYPE, KVPages
 
 __all__ = ["COMPILE_CASES", "paged_attention"]
 
@@ -88,8 +88,8 @@ def paged_attention(
     context = (
         pages.key,
         pages.value,
-        pages.key_scale,
-        pages.value_scale,
+        None if pages.key_scale is None else pages.key_scale.view(torch.int16),
+        None if pages.value_scale is None else pages.value_scale.view(torch.int16),
         batch.cu_seqlens_q,
         batch.seq_lens,
         batch.block_table,
@@ -214,6 +214,9 @@ def _check(
     for tensor in (pages.key, pages.value, pages.key_scale, pages.value_scale):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError("pages must be contiguous")
+    for scale in (pages.key_scale, pages.value_scale):
+        if scale is not None and (scale.dtype != SCALE_DTYPE or scale.shape != pages.key.shape[:3]):
+            raise ValueError("scales must be bfloat16 [num_blocks, num_kv_heads, block_size]")
     for index in (batch.cu_seqlens_q, batch.seq_lens, batch.block_table):
         if index.dtype != torch.int32 or index.stride(-1) != 1:
             raise ValueError("cu_seqlens_q, seq_lens and block_table must be dense int32")

@@ -46,7 +46,7 @@ def _attention_cases(
         "out_ptr": "*bf16",
         "key_ptr": f"*{page}",
         "value_ptr": f"*{page}",
-        **({"key_scale_ptr": "*fp32", "value_scale_ptr": "*fp32"} if is_fp8 else {}),
+        **({"key_scale_ptr": "*i16", "value_scale_ptr": "*i16"} if is_fp8 else {}),
         **_LENGTHS,
         **_SCALARS,
     }

@@ -68,6 +68,13 @@ def load_query(
 
 
 @triton.jit
+def load_scales(scale_ptr, slots, is_stored):
+    """Scales of slots as float32, 0 where nothing is stored; scale_ptr holds bfloat16's bits."""
+    bits = tl.load(scale_ptr + slots, mask=is_stored, other=0).to(tl.int32)
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def attend_tile(
     query,
     query_scale,
@@ -137,7 +144,7 @@ def attend_tile(
         scores = scores * query_scale[:, None]
     factor = tl.full([1, BLOCK_N], 1.0, tl.float32) * score_scale
     if IS_SCALED:
-        key_scale = tl.load(key_scale_ptr + slots, mask=is_stored, other=0.0)
+        key_scale = load_scales(key_scale_ptr, slots, is_stored)
         factor = factor * key_scale[None, :]
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)); score_scale's log2(e) makes exp an exp2.
@@ -160,7 +167,7 @@ def attend_tile(
     total = tl.fma(total, decay, tl.sum(weights, axis=1))
     weighted = weighted * decay[:, None]
     if IS_SCALED:
-        value_scale = tl.load(value_scale_ptr + slots, mask=is_stored, other=0.0)
+        value_scale = load_scales(value_scale_ptr, slots, is_stored)
         weights = weights * (value_scale * VALUE_GAIN)[None, :]
     weighted = tl.dot(
         weights.to(query.dtype), value.to(query.dtype), weighted, input_precision="ieee"

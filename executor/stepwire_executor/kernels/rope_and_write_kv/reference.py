@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels.dtypes import accumulation_dtype
-from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, KVPages
+from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, SCALE_DTYPE, KVPages
 
 MIN_AMAX = 1e-12
 """Floor of a vector's largest magnitude, so that an all-zero vector's scale is a normal float."""
@@ -31,12 +31,21 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Encode vectors as e4m3 with one scale each.
 
-    x: [..., head_dim]. Returns codes of x's shape and float32 scales [...].
+    x: [..., head_dim]. Returns codes of x's shape and bfloat16 scales [...], rounded up, so that
+    no element exceeds 448 of them. Where x holds NaN or infinity the scale is NaN.
     """
     wide = x.float()
-    scale = wide.abs().amax(dim=-1).clamp(min=MIN_AMAX) / FP8_MAX
-    codes = (wide / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+    amax = wide.abs().amax(dim=-1)
+    scale = round_up(amax.clamp(min=MIN_AMAX) / FP8_MAX)
+    scale = scale.masked_fill(~amax.isfinite(), torch.nan)
+    codes = (wide / scale.float().unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
     return codes, scale
+
+
+def round_up(x: Tensor) -> Tensor:
+    """Return the smallest bfloat16 that is not below each positive finite float32 of x."""
+    bits = (x.contiguous().view(torch.int32) + 0xFFFF) & ~0xFFFF
+    return bits.view(torch.float32).to(SCALE_DTYPE)
 
 
 def _write(

@@ -46,6 +46,24 @@ def _encode_e4m3(x):
 
 
 @triton.jit
+def _largest_bits(x):
+    """Return the bits of the largest magnitude of each row as int32; NaN counts as the largest.
+
+    As integers, magnitudes have the order of their values, whatever a device's max makes of NaN.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def _scale_bits(amax_bits, AMAX_FLOOR: tl.constexpr, FP8_LIMIT: tl.constexpr):
+    """Return the bits of amax / 448 as bfloat16, rounded up; of NaN where amax is not finite."""
+    amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), AMAX_FLOOR)
+    scale = tl.div_rn(amax, tl.full(amax.shape, FP8_LIMIT, tl.float32))
+    bits = (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    return tl.where(amax_bits < 0x7F800000, bits, 0x7FC0)
+
+
+@triton.jit
 def _store_part(pages_ptr, offsets, x, scale, mask, IS_FP8: tl.constexpr):
     """Store [BLOCK_HEADS, columns] of float32, divided by scale, [BLOCK_HEADS], where fp8."""
     if IS_FP8:
@@ -65,7 +83,7 @@ def rope_and_write_kv_kernel(
     slot_ptr,  # [num_tokens] int64; outside the pages: nothing is stored
     key_pages_ptr,  # [num_blocks, num_kv_heads, block_size, head_dim], contiguous; e4m3 as uint8
     value_pages_ptr,  # as key_pages_ptr
-    key_scale_ptr,  # [num_blocks, num_kv_heads, block_size] float32 or None
+    key_scale_ptr,  # [num_blocks, num_kv_heads, block_size] int16, bfloat16's bits, or None
     value_scale_ptr,  # as key_scale_ptr
     query_token_stride,
     query_head_stride,
@@ -144,7 +162,7 @@ def rope_and_write_kv_kernel(
                 pages_ptr = value_pages_ptr
             scale = tl.full((BLOCK_HEADS,), 1.0, dtype=tl.float32)
             if IS_FP8:
-                amax = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
+                amax = tl.maximum(_largest_bits(first), _largest_bits(second))
             if REST > 0:
                 rest_column = tl.arange(0, BLOCK_REST)
                 rest_mask = head_mask[:, None] & (rest_column < REST)[None, :]
@@ -152,14 +170,14 @@ def rope_and_write_kv_kernel(
                 rest_ptrs += ROTARY_DIM + rest_column[None, :]
                 rest = tl.load(rest_ptrs, mask=rest_mask, other=0.0).to(tl.float32)
                 if IS_FP8:
-                    amax = tl.maximum(amax, tl.max(tl.abs(rest), axis=1))
+                    amax = tl.maximum(amax, _largest_bits(rest))
             if IS_FP8:
-                limit = tl.full((BLOCK_HEADS,), FP8_LIMIT, dtype=tl.float32)
-                scale = tl.div_rn(tl.maximum(amax, AMAX_FLOOR), limit)
+                scale_bits = _scale_bits(amax, AMAX_FLOOR, FP8_LIMIT)
+                scale = (scale_bits << 16).to(tl.float32, bitcast=True)
                 scales_ptr = key_scale_ptr
                 if is_value:
                     scales_ptr = value_scale_ptr
-                tl.store(scales_ptr + vectors, scale, mask=head_mask)
+                tl.store(scales_ptr + vectors, scale_bits.to(tl.int16), mask=head_mask)
             offsets = vectors[:, None] * HEAD_DIM + column[None, :]
             _store_part(pages_ptr, offsets, first, scale, mask, IS_FP8)
             _store_part(pages_ptr, offsets + HALF, second, scale, mask, IS_FP8)
@@ -224,8 +242,8 @@ def rope_and_write_kv(
         batch.slot_mapping,
         pages.key.view(torch.uint8) if is_fp8 else pages.key,
         pages.value.view(torch.uint8) if is_fp8 else pages.value,
-        pages.key_scale,
-        pages.value_scale,
+        None if pages.key_scale is None else pages.key_scale.view(torch.int16),
+        None if pages.value_scale is None else pages.value_scale.view(torch.int16),
         query.stride(0),
         query.stride(1),
         key.stride(0),
@@ -282,8 +300,8 @@ def _case(
             "slot_ptr": "*i64",
             "key_pages_ptr": page_kind,
             "value_pages_ptr": page_kind,
-            "key_scale_ptr": "*fp32",
-            "value_scale_ptr": "*fp32",
+            "key_scale_ptr": "*i16",
+            "value_scale_ptr": "*i16",
         }
         | dict.fromkeys(integers, "i32"),
         constexprs=constexprs,

@@ -20,8 +20,8 @@ struct Call {
   int64_t query_strides[2];  // token, head
   const void* key_pages;
   const void* value_pages;
-  const float* key_scales;
-  const float* value_scales;
+  const bf16* key_scales;
+  const bf16* value_scales;
   const int32_t* cu_seqlens_q;
   const int32_t* seq_lens;
   const int32_t* block_table;
@@ -110,8 +110,8 @@ inline void load_square(const Call& call, const int64_t* vectors, int64_t count,
         value = load_first(value_pages + offset, width);
       }
       if constexpr (std::is_same_v<Page, e4m3>) {
-        rows[i] *= call.key_scales[vectors[i]];
-        value *= call.value_scales[vectors[i]];
+        rows[i] *= widen(call.key_scales[vectors[i]]);
+        value *= widen(call.value_scales[vectors[i]]);
       }
     }
     store(values + i * dim + d, value);

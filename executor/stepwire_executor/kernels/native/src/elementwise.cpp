@@ -81,8 +81,8 @@ struct RopeCall {
   const int64_t* slots;
   void* key_pages;
   void* value_pages;
-  float* key_scales;
-  float* value_scales;
+  bf16* key_scales;
+  bf16* value_scales;
   int64_t num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size;
   float min_amax;
   int num_threads;
@@ -109,19 +109,23 @@ void narrow_row(const float* from, T* to, int64_t n) {
   for_vectors(n, [&](int64_t, auto get, auto put) { put(to, get(from)); });
 }
 
-// One scale a vector; the division rounds as the reference's does.
-float quantise_row(const float* from, e4m3* to, int64_t n, float min_amax) {
+// One scale a vector, NaN unless all of it is finite; the division rounds as the reference's.
+bf16 quantise_row(const float* from, e4m3* to, int64_t n, float min_amax) {
   vf amax = {};
   for_vectors(n, [&](int64_t, auto get, auto) {
-    amax = max(amax, (vf)((vu)get(from) & 0x7fffffff));
+    const vf magnitude = (vf)((vu)get(from) & 0x7fffffff);
+    amax = max(amax, magnitude < INF ? magnitude : splat(INF));
   });
-  const float scale = std::max(largest(amax), min_amax) / 448.0f;
-  for_vectors(n, [&](int64_t, auto get, auto put) { put(to, get(from) / scale); });
+  const float largest_one = largest(amax);
+  const bf16 scale = largest_one < INF ? round_up(std::max(largest_one, min_amax) / 448.0f)
+                                       : bf16{0x7fc0};
+  const float divisor = widen(scale);
+  for_vectors(n, [&](int64_t, auto get, auto put) { put(to, get(from) / divisor); });
   return scale;
 }
 
 template <class Page>
-void write_row(const float* from, void* pages, float* scales, int64_t vector, int64_t n,
+void write_row(const float* from, void* pages, bf16* scales, int64_t vector, int64_t n,
                float min_amax) {
   Page* to = static_cast<Page*>(pages) + vector * n;
   if constexpr (std::is_same_v<Page, e4m3>)
@@ -231,7 +235,7 @@ extern "C" int64_t stepwire_rope_and_write_kv(
     int64_t key_token_stride, int64_t key_head_stride, const void* value,
     int64_t value_token_stride, int64_t value_head_stride, int64_t dtype, const float* cos_sin,
     int64_t max_positions, int64_t rotary_dim, const int64_t* positions, const int64_t* slots,
-    void* key_pages, void* value_pages, float* key_scales, float* value_scales,
+    void* key_pages, void* value_pages, void* key_scales, void* value_scales,
     int64_t page_dtype, int64_t num_slots, int64_t block_size, int64_t num_tokens,
     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float min_amax,
     int64_t num_threads) {
@@ -251,8 +255,8 @@ extern "C" int64_t stepwire_rope_and_write_kv(
                       slots,
                       key_pages,
                       value_pages,
-                      key_scales,
-                      value_scales,
+                      static_cast<bf16*>(key_scales),
+                      static_cast<bf16*>(value_scales),
                       num_tokens,
                       num_heads,
                       num_kv_heads,

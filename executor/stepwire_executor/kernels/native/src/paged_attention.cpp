@@ -232,8 +232,8 @@ bool has_blocks(const Call& call, int64_t num_blocks) {
 // block that its row of the table lacks; nothing is written then.
 extern "C" int64_t stepwire_paged_attention(
     const void* query, int64_t query_token_stride, int64_t query_head_stride, int64_t dtype,
-    const void* key_pages, const void* value_pages, const float* key_scales,
-    const float* value_scales, int64_t page_dtype, int64_t num_blocks,
+    const void* key_pages, const void* value_pages, const void* key_scales,
+    const void* value_scales, int64_t page_dtype, int64_t num_blocks,
     const int32_t* cu_seqlens_q, const int32_t* seq_lens, const int32_t* block_table,
     int64_t block_table_stride, void* out, int64_t num_seqs, int64_t num_heads,
     int64_t num_kv_heads, int64_t head_dim, int64_t block_size, float scale, int64_t window,
@@ -243,8 +243,8 @@ extern "C" int64_t stepwire_paged_attention(
                   {query_token_stride, query_head_stride},
                   key_pages,
                   value_pages,
-                  key_scales,
-                  value_scales,
+                  static_cast<const bf16*>(key_scales),
+                  static_cast<const bf16*>(value_scales),
                   cu_seqlens_q,
                   seq_lens,
                   block_table,

@@ -169,6 +169,20 @@ inline vb narrow(vf x, e4m3) {
   return __builtin_convertvector(code | sign, vb);
 }
 
+inline float widen(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The smallest bf16 that is not below x, which must be positive and finite.
+inline bf16 round_up(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return {static_cast<uint16_t>((bits + 0xffff) >> 16)};
+}
+
 inline vf load(const float* p) { return load_as<vf>(p); }
 inline vf load(const bf16* p) { return widen(load_as<vh>(p), bf16{}); }
 inline vf load(const f16* p) { return widen(load_as<vh>(p), f16{}); }
