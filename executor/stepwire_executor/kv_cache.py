@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,22 @@ SCALE_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StaticScales:
+    """What the fp8 keys and values of one layer are divided by, all of them, as calibrated."""
+
+    key: float
+    """Positive and finite, a float32."""
+    value: float
+    """As key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KVPages:
     """Pages of one layer.
 
-    A quantised element stands for key[b, h, o, d] * key_scale[b, h, o]; a scale of NaN marks a
-    vector that was not finite. Unquantised pages have no scales.
+    A quantised element stands for key[b, h, o, d] * key_scale[b, h, o], or for
+    key[b, h, o, d] * static_key_scale: quantised pages have the one or the other, for keys as for
+    values, and unquantised pages have neither. A scale of NaN marks a vector that was not finite.
     """
 
     key: Tensor
@@ -31,6 +43,10 @@ class KVPages:
     """[num_blocks, num_kv_heads, block_size] bfloat16."""
     value_scale: Tensor | None = None
     """As key_scale."""
+    static_key_scale: float | None = None
+    """Of every key of the layer; positive and finite."""
+    static_value_scale: float | None = None
+    """As static_key_scale."""
 
     @property
     def block_size(self) -> int:
@@ -39,10 +55,17 @@ class KVPages:
 
 
 def bytes_per_block(
-    *, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    has_static_scales: bool = False,
 ) -> int:
-    """Bytes of one block over all layers, scales included."""
-    per_vector = head_dim * dtype.itemsize + (SCALE_DTYPE.itemsize if dtype == FP8_DTYPE else 0)
+    """Bytes of one block over all layers, scales included; static ones take none."""
+    has_scales = dtype == FP8_DTYPE and not has_static_scales
+    per_vector = head_dim * dtype.itemsize + (SCALE_DTYPE.itemsize if has_scales else 0)
     return 2 * num_layers * num_kv_heads * block_size * per_vector
 
 
@@ -59,12 +82,16 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        static_scales: Sequence[StaticScales] | None = None,
     ) -> None:
         """Allocate zeroed pages; dtype float8_e4m3fn brings a bfloat16 scale a token and head.
 
-        On CPU a page takes memory when it is first written. Raises MemoryError, or
-        RuntimeError on other devices, where the pages cannot be had.
+        static_scales: one a layer, in place of those; only fp8 pages have any. On CPU a page takes
+        memory when it is first written. Raises MemoryError, or RuntimeError on other devices,
+        where the pages cannot be had.
         """
+        if static_scales is not None and (dtype != FP8_DTYPE or len(static_scales) != num_layers):
+            raise ValueError("static scales go with float8_e4m3fn pages, one pair a layer")
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -75,21 +102,25 @@ class KVCache:
             block_size=block_size,
             head_dim=head_dim,
             dtype=dtype,
+            has_static_scales=static_scales is not None,
         )
 
         def scales() -> Tensor | None:
-            if dtype != FP8_DTYPE:
+            if dtype != FP8_DTYPE or static_scales is not None:
                 return None
             return _zeros(shape[:3], SCALE_DTYPE, device)
 
+        layers: Sequence[StaticScales | None] = static_scales or [None] * num_layers
         self.layers = tuple(
             KVPages(
                 key=_zeros(shape, dtype, device),
                 value=_zeros(shape, dtype, device),
                 key_scale=scales(),
                 value_scale=scales(),
+                static_key_scale=None if static is None else static.key,
+                static_value_scale=None if static is None else static.value,
             )
-            for _ in range(num_layers)
+            for static in layers
         )
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:

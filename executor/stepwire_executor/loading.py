@@ -51,6 +51,7 @@ def load_runner(
         device=device,
         max_model_len=config.max_model_len,
         load_format=config.load_format,
+        has_fp8_kv_cache=config.kv_cache_dtype == "fp8",
         on_progress=lambda phase, fraction: on_progress(phase, _MODEL_SHARE * fraction),
     )
     on_progress("allocate KV cache", _MODEL_SHARE)
@@ -62,6 +63,9 @@ def load_runner(
         device=device,
         kv_dtype=FP8_DTYPE if config.kv_cache_dtype == "fp8" else model.dtype,
     )
+    if parts.kv_dtype == FP8_DTYPE:
+        is_dynamic = model.static_kv_scales is None
+        _log.info("kv_cache_scales", source="each vector" if is_dynamic else "checkpoint")
     # Triton's kernels get the engine they are for, also where an interpreter runs them.
     is_device = device.type != "cpu" or kernels.is_capturable
     build = build_device_engine if is_device else build_host_engine

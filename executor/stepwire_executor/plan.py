@@ -21,6 +21,7 @@ from stepwire_executor.model.loader import (
 )
 from stepwire_executor.model.memory import estimate_memory
 from stepwire_executor.model.weights.expected import check_tensors
+from stepwire_executor.model.weights.kv_scales import find_static_scales
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,10 +85,13 @@ def plan_model(
         resolved_dtype = resolve_dtype(
             "auto" if dtype == "auto" else SUPPORTED_DTYPES[dtype], config, source
         )
+        kv_dtype = FP8_DTYPE if kv_cache_dtype == "fp8" else resolved_dtype
+        has_static_kv_scales = kv_dtype == FP8_DTYPE and (
+            find_static_scales(source.tensors, config.num_layers) is not None
+        )
     finally:
         source.close()
     context = resolve_max_model_len(max_model_len, config)
-    kv_dtype = FP8_DTYPE if kv_cache_dtype == "fp8" else resolved_dtype
     plan = estimate_memory(
         config,
         dtype=resolved_dtype,
@@ -97,6 +101,7 @@ def plan_model(
         max_num_seqs=capacity.max_num_seqs,
         max_model_len=context,
         is_gpu=is_gpu,
+        has_static_kv_scales=has_static_kv_scales,
     )
     pool: dict[str, Any] = {}
     if gpu_memory_bytes is not None:

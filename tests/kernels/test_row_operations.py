@@ -10,12 +10,13 @@ from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels import Kernels
 from stepwire_executor.kernels.rope_and_write_kv import MIN_AMAX
 from stepwire_executor.kernels.select import reference_kernels
-from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+from stepwire_executor.kv_cache import FP8_DTYPE, KVPages, StaticScales
 from support.kernels_support import (
     make_batch,
     num_blocks,
     poisoned_pages,
     smallest_bfloat16_above,
+    static_codes,
 )
 from torch import Tensor
 
@@ -123,6 +124,7 @@ class RopeCase:
         query_lens: list[int],
         head_dim: int = 64,
         rotary_dim: int = 64,
+        static: StaticScales | None = None,
     ) -> RopeCase:
         """Build views of one fused projection, as the model has them."""
         seq_lens = [n + 3 for n in query_lens]
@@ -134,7 +136,7 @@ class RopeCase:
             key=heads[:, 5:7],
             value=heads[:, 7:],
             table=angles(max(seq_lens), rotary_dim),
-            pages=poisoned_pages((num_blocks(seq_lens, 16), 2, 16, head_dim), page_dtype),
+            pages=poisoned_pages((num_blocks(seq_lens, 16), 2, 16, head_dim), page_dtype, static),
             batch=make_batch(query_lens, seq_lens),
         )
 
@@ -295,3 +297,32 @@ def test_places_outside_the_pages_are_refused(native: Kernels) -> None:
     with pytest.raises(ValueError, match="position"):
         case.run(native)
     assert case.pages.key.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_static_scales_divide_keys_and_values(kernels: Kernels, dtype: torch.dtype) -> None:
+    static = StaticScales(key=0.37, value=0.004)  # a value of 1.8 saturates
+    case = RopeCase.make(dtype, FP8_DTYPE, query_lens=[3, 20], static=static)
+    key = rotated(case.key, case.table, case.batch.positions)
+    case.run(kernels)
+    slots = case.batch.slot_mapping
+    blocks, offsets = slots // 16, slots % 16
+    values = case.pages.value[blocks, :, offsets]
+    expected = static_codes(case.value, static.value)
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+    assert bool((values.float().abs() == 448).any())
+    keys = case.pages.key.double()[blocks, :, offsets] * static.key
+    # Half a step of e4m3, and half of its smallest subnormal.
+    bound = key.abs() * 0.0626 + static.key * 2.0**-10
+    assert bool(((keys - key).abs() <= bound).all())
+
+
+def test_what_is_not_finite_stays_so_under_static_scales(kernels: Kernels) -> None:
+    case = RopeCase.make(
+        torch.float32, FP8_DTYPE, query_lens=[3], static=StaticScales(key=0.5, value=1e-3)
+    )
+    case.value[1, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e38])
+    case.run(kernels)
+    slot = int(case.batch.slot_mapping[1])
+    codes = case.pages.value.view(torch.uint8)[slot // 16, 0, slot % 16, :4]
+    assert (codes & 0x7F).tolist() == [0x7F, 0x7F, 0x7F, 0x7E]

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stepwire_executor.kv_cache import FP8_DTYPE, KVCache
+from stepwire_executor.kv_cache import FP8_DTYPE, KVCache, StaticScales
 from support.kernels_support import fill_pages, make_batch, plain_attention, stored
 from support.triton_attention import attend
 from support.triton_interpreter import DEVICE, IS_INTERPRETED, requires_triton
 
 pytestmark = requires_triton
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+STATIC_SCALES = [StaticScales(key=0.02, value=0.05), StaticScales(key=3.7, value=0.25)]
+"""The second's keys are mostly codes below 1, the first's values leave the range and saturate."""
 DTYPE_PAIRS = [
     (torch.float32, torch.float32),
     (torch.float32, torch.float16),
@@ -37,6 +39,7 @@ def check(
     block_size: int = 16,
     window: int | None = None,
     softcap: float | None = None,
+    static: StaticScales | None = None,
 ) -> None:
     page_dtype = page_dtype or dtype
     batch = make_batch(query_lens, seq_lens, block_size=block_size)
@@ -45,7 +48,7 @@ def check(
     values = [
         torch.randn_like(key) * (1 + torch.arange(len(key)) % 7).view(-1, 1, 1) for key in keys
     ]
-    pages = fill_pages(batch, keys, values, dtype=page_dtype, block_size=block_size)
+    pages = fill_pages(batch, keys, values, dtype=page_dtype, block_size=block_size, static=static)
     query = (torch.randn(sum(query_lens), num_heads, head_dim) * 2).to(dtype)
     scale = head_dim**-0.5
     got = attend(query, pages, batch, scale=scale, window=window, softcap=softcap)
@@ -54,8 +57,8 @@ def check(
     for i, rows in enumerate(query.split(query_lens)):
         expected = plain_attention(
             rows,
-            stored(keys[i], page_dtype),
-            stored(values[i], page_dtype),
+            stored(keys[i], page_dtype, None if static is None else static.key),
+            stored(values[i], page_dtype, None if static is None else static.value),
             scale=scale,
             window=window,
             softcap=softcap,
@@ -132,6 +135,53 @@ def test_rows_that_pad_a_batch_are_zero() -> None:
     got = attend(torch.randn(4, 2, 16), pages, batch, scale=1.0)
     assert got[0].abs().min() > 0
     assert not got[1:].any()
+
+
+@pytest.mark.parametrize("static", STATIC_SCALES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_static_scales_multiply_keys_and_values(dtype: torch.dtype, static: StaticScales) -> None:
+    options = {"dtype": dtype, "page_dtype": FP8_DTYPE, "static": static}
+    check([1, 9, 2], [600, 40, 30], num_heads=4, num_kv_heads=2, **options)  # type: ignore[arg-type]  # see check
+    check([1, 17], [65, 40], softcap=1.5, window=20, **options)  # type: ignore[arg-type]  # see check
+
+
+def test_twice_the_static_scale_is_twice_the_scores_or_the_result() -> None:
+    batch = make_batch([1, 12], [20, 30])
+    keys = [torch.randn(n, 1, 32) for n in (20, 30)]
+    pages = fill_pages(batch, keys, keys, dtype=FP8_DTYPE, static=StaticScales(key=0.3, value=0.7))
+    query = torch.randn(13, 2, 32)
+    doubled = replace(pages, static_value_scale=1.4)
+    assert torch.equal(
+        attend(query, doubled, batch, scale=0.2),
+        attend(query, pages, batch, scale=0.2) * 2,
+    )
+    doubled = replace(pages, static_key_scale=0.6)
+    assert torch.equal(
+        attend(query, doubled, batch, scale=0.2),
+        attend(query, pages, batch, scale=0.4),
+    )
+
+
+def test_scales_that_pages_cannot_have_are_refused() -> None:
+    batch = make_batch([1], [2])
+    keys = [torch.randn(2, 2, 16)]
+    query = torch.randn(1, 2, 16)
+    dynamic = fill_pages(batch, keys, keys, dtype=FP8_DTYPE)
+    static = fill_pages(batch, keys, keys, dtype=FP8_DTYPE, static=STATIC_SCALES[0])
+    plain = fill_pages(batch, keys, keys, dtype=torch.float32)
+    assert dynamic.value_scale is not None
+    for pages in (
+        replace(dynamic, static_key_scale=1.0),
+        replace(dynamic, value_scale=None),
+        replace(dynamic, value_scale=None, static_value_scale=1.0),
+        replace(dynamic, value_scale=dynamic.value_scale.float()),
+        replace(static, static_value_scale=None),
+        replace(static, static_key_scale=0.0),
+        replace(static, static_value_scale=float("nan")),
+        replace(plain, static_key_scale=1.0, static_value_scale=1.0),
+    ):
+        with pytest.raises(ValueError, match="scales"):
+            attend(query, pages, batch, scale=1.0)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -225,5 +275,3 @@ def test_wrong_arguments_are_refused() -> None:
         attend(query, pages, batch, scale=1.0, window=0)
     with pytest.raises(ValueError, match="softcap"):
         attend(query, pages, batch, scale=1.0, softcap=0.0)
-    with pytest.raises(ValueError, match="scales"):
-        attend(query, replace(pages, key_scale=torch.ones(1)), batch, scale=1.0)

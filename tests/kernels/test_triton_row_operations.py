@@ -10,14 +10,15 @@ from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels.rms_norm import reference as norm_reference
 from stepwire_executor.kernels.rope_and_write_kv import MIN_AMAX
 from stepwire_executor.kernels.rope_and_write_kv import reference as rope_reference
-from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
+from stepwire_executor.kv_cache import FP8_DTYPE, KVPages, StaticScales
 from support.kernels_support import (
     make_batch,
     num_blocks,
     poisoned_pages,
     smallest_bfloat16_above,
+    static_codes,
 )
-from support.triton_interpreter import DEVICE, DTYPES, requires_triton
+from support.triton_interpreter import DEVICE, DTYPES, on_device, requires_triton
 from torch import Tensor
 
 pytestmark = requires_triton
@@ -106,18 +107,6 @@ def angles(max_positions: int, rotary_dim: int) -> Tensor:
     return torch.cat((phase.cos(), phase.sin()), dim=1).float()
 
 
-def moved(batch: StepBatch) -> StepBatch:
-    """Bring a batch to the device."""
-    values = {x.name: getattr(batch, x.name) for x in dataclasses.fields(batch)}
-    return StepBatch(**{k: x.to(DEVICE) if isinstance(x, Tensor) else x for k, x in values.items()})
-
-
-def moved_pages(pages: KVPages) -> KVPages:
-    """Bring pages to the device."""
-    tensors = {x.name: getattr(pages, x.name) for x in dataclasses.fields(pages)}
-    return KVPages(**{k: None if x is None else x.to(DEVICE) for k, x in tensors.items()})
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """Arguments of one call."""
@@ -140,6 +129,7 @@ class Case:
         rotary_dim: int = 64,
         num_heads: int = 9,
         num_kv_heads: int = 2,
+        static: StaticScales | None = None,
     ) -> Case:
         """Build views of one fused projection, as the model has them."""
         seq_lens = [n + 3 for n in query_lens]
@@ -151,14 +141,15 @@ class Case:
             key=heads[:, num_heads : num_heads + num_kv_heads],
             value=heads[:, num_heads + num_kv_heads :],
             table=angles(max(seq_lens), rotary_dim).to(DEVICE),
-            pages=moved_pages(poisoned_pages(shape, page_dtype)),
-            batch=moved(make_batch(query_lens, seq_lens)),
+            pages=on_device(poisoned_pages(shape, page_dtype, static)),
+            batch=on_device(make_batch(query_lens, seq_lens)),
         )
 
     def copy(self) -> Case:
         """Return the same arguments in their own memory."""
-        tensors = {x.name: getattr(self.pages, x.name) for x in dataclasses.fields(self.pages)}
-        pages = KVPages(**{k: None if x is None else x.clone() for k, x in tensors.items()})
+        fields = {x.name: getattr(self.pages, x.name) for x in dataclasses.fields(self.pages)}
+        copies = {name: x.clone() for name, x in fields.items() if isinstance(x, Tensor)}
+        pages = dataclasses.replace(self.pages, **copies)
         return dataclasses.replace(self, query=self.query.clone(), pages=pages)
 
     def run(self) -> None:
@@ -241,13 +232,13 @@ def test_places_outside_the_pages_and_the_table_touch_nothing() -> None:
 def fp8_round_trip(values: Tensor) -> tuple[Tensor, Tensor]:
     """Store rows, [num_rows, head_dim], as values of one head; return codes and scales."""
     num_rows, head_dim = values.shape
-    pages = moved_pages(poisoned_pages((num_rows, 1, 1, head_dim), FP8_DTYPE))
+    pages = on_device(poisoned_pages((num_rows, 1, 1, head_dim), FP8_DTYPE))
     batch = dataclasses.replace(
         make_batch([num_rows], [num_rows], block_size=1), slot_mapping=torch.arange(num_rows)
     )
     value = values.unsqueeze(1).to(DEVICE)
     table = angles(num_rows, 2).to(DEVICE)
-    rope_and_write_kv(value.clone(), value, value, table, pages, moved(batch))
+    rope_and_write_kv(value.clone(), value, value, table, pages, on_device(batch))
     assert pages.value_scale is not None
     return pages.value.view(num_rows, head_dim).cpu(), pages.value_scale.view(num_rows).cpu()
 
@@ -294,3 +285,33 @@ def test_a_vector_that_is_not_finite_reads_as_nan_and_harms_no_neighbour() -> No
     restored = got.float() * scale.unsqueeze(1)
     assert restored[~is_finite].isnan().all()
     assert restored[is_finite].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_static_scales_divide_keys_and_values(dtype: torch.dtype) -> None:
+    static = StaticScales(key=0.37, value=0.004)  # a value of 1.8 saturates
+    case = Case.make(dtype, FP8_DTYPE, query_lens=[3, 5], static=static)
+    other = case.copy()
+    other.run_reference()
+    case.run()
+    slots = case.batch.slot_mapping
+    blocks, offsets = slots // 16, slots % 16
+    values = case.pages.value[blocks, :, offsets]
+    expected = static_codes(case.value, static.value)
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+    assert bool((values.float().abs() == 448).any())
+    # A rotation that was rounded otherwise may move a key to the next code: 1/8 of it.
+    keys, reference = (x.pages.key.float()[blocks, :, offsets] for x in (case, other))
+    torch.testing.assert_close(keys, reference, rtol=0.126, atol=2**-9)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in divide")
+def test_what_is_not_finite_stays_so_under_static_scales() -> None:
+    case = Case.make(
+        torch.float32, FP8_DTYPE, query_lens=[3], static=StaticScales(key=0.5, value=1e-3)
+    )
+    case.value[1, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e38])
+    case.run()
+    slot = int(case.batch.slot_mapping[1])
+    codes = case.pages.value.view(torch.uint8)[slot // 16, 0, slot % 16, :4]
+    assert (codes & 0x7F).tolist() == [0x7F, 0x7F, 0x7F, 0x7E]

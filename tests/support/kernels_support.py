@@ -6,7 +6,7 @@ import torch
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels import SamplingBatch
 from stepwire_executor.kernels.rope_and_write_kv.reference import quantise
-from stepwire_executor.kv_cache import FP8_DTYPE, SCALE_DTYPE, KVPages
+from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, SCALE_DTYPE, KVPages, StaticScales
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -47,16 +47,27 @@ def num_blocks(seq_lens: list[int], block_size: int) -> int:
     return sum(-(-n // block_size) + 2 for n in seq_lens)
 
 
-def poisoned_pages(shape: tuple[int, int, int, int], dtype: torch.dtype) -> KVPages:
+def poisoned_pages(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, static: StaticScales | None = None
+) -> KVPages:
     """Return pages that hold nothing but NaN, so that reading an unused slot shows."""
 
     def pages() -> Tensor:
         return torch.full(shape, torch.nan).to(dtype)
 
     def scales() -> Tensor | None:
-        return torch.full(shape[:3], torch.nan, dtype=SCALE_DTYPE) if dtype == FP8_DTYPE else None
+        if dtype != FP8_DTYPE or static is not None:
+            return None
+        return torch.full(shape[:3], torch.nan, dtype=SCALE_DTYPE)
 
-    return KVPages(key=pages(), value=pages(), key_scale=scales(), value_scale=scales())
+    return KVPages(
+        key=pages(),
+        value=pages(),
+        key_scale=scales(),
+        value_scale=scales(),
+        static_key_scale=None if static is None else static.key,
+        static_value_scale=None if static is None else static.value,
+    )
 
 
 def fill_pages(
@@ -66,27 +77,38 @@ def fill_pages(
     *,
     dtype: torch.dtype,
     block_size: int = 16,
+    static: StaticScales | None = None,
 ) -> KVPages:
     """Return pages that hold keys[i], [seq_lens[i], num_kv_heads, head_dim], and NaN elsewhere."""
     lengths = batch.seq_lens.tolist()
     _, num_kv_heads, head_dim = keys[0].shape
     shape = (num_blocks(lengths, block_size), num_kv_heads, block_size, head_dim)
-    pages = poisoned_pages(shape, dtype)
+    pages = poisoned_pages(shape, dtype, static)
     for i, length in enumerate(lengths):
         place = torch.arange(length)
         blocks = batch.block_table[i].long()[place // block_size]
         offsets = place % block_size
-        for target, scales, x in (
-            (pages.key, pages.key_scale, keys[i]),
-            (pages.value, pages.value_scale, values[i]),
+        for target, scales, static_scale, x in (
+            (pages.key, pages.key_scale, pages.static_key_scale, keys[i]),
+            (pages.value, pages.value_scale, pages.static_value_scale, values[i]),
         ):
-            if scales is None:
-                target[blocks, :, offsets] = x.to(dtype)
-            else:
+            if scales is not None:
                 codes, scale = quantise(x)
-                target.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
                 scales[blocks, :, offsets] = scale
+            elif static_scale is not None:
+                codes = static_codes(x, static_scale)
+            else:
+                target[blocks, :, offsets] = x.to(dtype)
+                continue
+            target.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
     return pages
+
+
+def static_codes(x: Tensor, scale: float) -> Tensor:
+    """Return the e4m3 codes of x / scale, saturated; NaN where x is not finite."""
+    divided = torch.div(x.float(), torch.full_like(x, scale, dtype=torch.float32))
+    is_finite = x.isfinite()
+    return torch.where(is_finite, divided.clamp(-FP8_MAX, FP8_MAX), torch.nan).to(FP8_DTYPE)
 
 
 def smallest_bfloat16_above(x: Tensor) -> Tensor:
@@ -96,8 +118,10 @@ def smallest_bfloat16_above(x: Tensor) -> Tensor:
     return torch.where(nearest.float() < x, above, nearest)
 
 
-def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(x: Tensor, dtype: torch.dtype, static_scale: float | None = None) -> Tensor:
     """Return x as float64 after a round trip through pages of dtype."""
+    if static_scale is not None:
+        return static_codes(x, static_scale).double() * static_scale
     if dtype == FP8_DTYPE:
         codes, scale = quantise(x)
         return codes.double() * scale.double().unsqueeze(-1)

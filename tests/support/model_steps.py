@@ -26,7 +26,14 @@ class SteppedSequence:
 class ModelSteps:
     """Blocks are dealt in a scattered order, so that a test cannot pass by adjacency."""
 
-    def __init__(self, model: LoadedModel, *, num_blocks: int = 64, block_size: int = 4) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         config = model.config
         self._model = model
         self.block_size = block_size
@@ -36,8 +43,9 @@ class ModelSteps:
             num_kv_heads=config.num_kv_heads,
             block_size=block_size,
             head_dim=config.head_dim,
-            dtype=model.dtype,
+            dtype=kv_dtype or model.dtype,
             device=CPU,
+            static_scales=model.static_kv_scales,
         )
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(7))
         self._free_blocks: list[int] = order.tolist()

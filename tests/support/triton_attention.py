@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TypeVar
-
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels.paged_attention.triton import paged_attention
 from stepwire_executor.kv_cache import KVPages
-from support.triton_interpreter import DEVICE
+from support.triton_interpreter import DEVICE, on_device
 from torch import Tensor
-
-Data = TypeVar("Data", StepBatch, KVPages)
-
-
-def on_device(data: Data) -> Data:
-    """Return data with every tensor on the device of the tests."""
-    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-    return dataclasses.replace(
-        data,
-        **{name: x.to(DEVICE) for name, x in fields.items() if isinstance(x, Tensor)},
-    )
 
 
 def attend(

@@ -57,12 +57,18 @@ class EngineParts:
     @property
     def block_bytes(self) -> int:
         """Bytes of a KV block over all layers."""
-        return bytes_per_block(**self._geometry)
+        has_static_scales = self.model.static_kv_scales is not None
+        return bytes_per_block(**self._geometry, has_static_scales=has_static_scales)
 
     def new_cache(self, num_blocks: int) -> KVCache:
         """Allocate a pool; raises ModelLoadError where it does not fit."""
         try:
-            return KVCache(num_blocks=num_blocks, device=self.device, **self._geometry)
+            return KVCache(
+                num_blocks=num_blocks,
+                device=self.device,
+                static_scales=self.model.static_kv_scales,
+                **self._geometry,
+            )
         except (MemoryError, RuntimeError):
             raise ModelLoadError(
                 f"the KV cache of {num_blocks} blocks "

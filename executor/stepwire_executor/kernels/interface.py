@@ -47,7 +47,8 @@ class RopeAndWriteKV(Protocol):
         cos_sin: [max_positions, rotary_dim] float32, cosines then sines; neox order: element i
         pairs with i + rotary_dim / 2. batch.slot_mapping of -1 stores nothing.
         fp8 pages: scale = max(amax, tiny) / 448 a token and head, rounded up to bfloat16; NaN
-        where the vector is not finite, which then reads as NaN throughout.
+        where the vector is not finite, which then reads as NaN throughout. With static scales
+        what they do not reach saturates at 448 of them, and what is not finite becomes NaN.
         """
         ...
 

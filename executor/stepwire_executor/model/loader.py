@@ -13,6 +13,7 @@ import torch
 
 from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kernels.interface import Kernels
+from stepwire_executor.kv_cache import StaticScales
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.decoder import Decoder, ProgressCallback
 from stepwire_executor.model.gguf_config import read_gguf_config
@@ -22,6 +23,7 @@ from stepwire_executor.model.weights.dummy import DummyWeights
 from stepwire_executor.model.weights.expected import check_tensors
 from stepwire_executor.model.weights.gguf import GGUFWeights
 from stepwire_executor.model.weights.gguf_file import GGUFFile
+from stepwire_executor.model.weights.kv_scales import read_static_scales
 from stepwire_executor.model.weights.safetensors import SafetensorsWeights
 from stepwire_executor.model.weights.source import WeightSource
 
@@ -48,6 +50,9 @@ class LoadedModel:
     """On the device, as packed."""
     fingerprint: str
     """Equal for equal config, tensors and dtype; 32 hexadecimal digits."""
+    static_kv_scales: tuple[StaticScales, ...] | None = None
+    """Of each layer's fp8 keys and values; None where the checkpoint has none or the cache has
+    another dtype."""
 
 
 def load_model(
@@ -58,17 +63,22 @@ def load_model(
     device: torch.device,
     max_model_len: int | None = None,
     load_format: LoadFormat = "auto",
+    has_fp8_kv_cache: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> LoadedModel:
     """Load a Hugging Face directory or a GGUF file.
 
     dtype "auto" is the checkpoint's, bfloat16 where its weights are quantised. load_format
-    "dummy" needs a config only. Raises ModelLoadError with one line that names the fix.
+    "dummy" needs a config only. has_fp8_kv_cache: whether the cache's scales are wanted. Raises
+    ModelLoadError with one line that names the fix.
     """
     config, source = open_checkpoint(path, load_format)
     try:
         check_tensors(config, source)
         resolved_dtype = resolve_dtype(dtype, config, source)
+        static_kv_scales = (
+            read_static_scales(source, config.num_layers) if has_fp8_kv_cache else None
+        )
         decoder = Decoder(
             config,
             source,
@@ -95,6 +105,7 @@ def load_model(
         max_model_len=resolve_max_model_len(max_model_len, config),
         weight_bytes=decoder.num_weight_bytes,
         fingerprint=fingerprint,
+        static_kv_scales=static_kv_scales,
     )
 
 

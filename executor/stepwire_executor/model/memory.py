@@ -50,10 +50,12 @@ def estimate_memory(
     max_num_seqs: int,
     max_model_len: int,
     is_gpu: bool = False,
+    has_static_kv_scales: bool = False,
 ) -> MemoryPlan:
     """Add up tensors by shape; what CUDA takes for itself is not in it.
 
     dtype: of weights and activations. kv_cache_dtype: of KV pages, float8_e4m3fn for fp8.
+    has_static_kv_scales: whether the checkpoint brings the scales of an fp8 cache.
     """
     is_copied = config.tie_word_embeddings and not is_gpu
     num_parameters = sum(math.prod(shape) for shape in expected_tensors(config).values())
@@ -64,6 +66,7 @@ def estimate_memory(
         block_size=block_size,
         head_dim=config.head_dim,
         dtype=kv_cache_dtype,
+        has_static_scales=has_static_kv_scales,
     )
     return MemoryPlan(
         num_parameters=num_parameters,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from stepwire_executor.kernels.native.library import DTYPE_CODES
 from stepwire_executor.kv_cache import FP8_DTYPE, SCALE_DTYPE, KVPages
 
@@ -18,9 +20,17 @@ def check_pages(pages: KVPages, head_dim: int) -> None:
         raise ValueError(
             f"pages must be contiguous float32, bfloat16, float16 or e4m3: {key.dtype}"
         )
-    for scale in (pages.key_scale, pages.value_scale):
-        if (scale is not None) != (key.dtype == FP8_DTYPE):
-            raise ValueError("e4m3 pages, and only they, have scales")
+    for scale, static_scale in (
+        (pages.key_scale, pages.static_key_scale),
+        (pages.value_scale, pages.static_value_scale),
+    ):
+        num_kinds = (scale is not None) + (static_scale is not None)
+        if num_kinds != (key.dtype == FP8_DTYPE):
+            raise ValueError("e4m3 pages, and only they, have scales: a token's or static ones")
+        if (scale is None) != (pages.key_scale is None):
+            raise ValueError("keys and values must have scales of the same kind")
+        if static_scale is not None and not 0 < static_scale < math.inf:
+            raise ValueError(f"static scales must be positive and finite, not {static_scale}")
         if scale is not None and (
             scale.shape != key.shape[:3] or scale.dtype != SCALE_DTYPE or not scale.is_contiguous()
         ):

@@ -68,9 +68,10 @@ def make_paged_attention(library: NativeLibrary) -> PagedAttention:
             num_kv_heads,
             head_dim,
             block_size,
-            scale,
+            scale * (pages.static_key_scale or 1.0),
             sliding_window or 0,
             softcap or 0.0,
+            pages.static_value_scale or 1.0,
             torch.get_num_threads(),
         )
         if problem:

@@ -65,6 +65,8 @@ def _attend(
     dtype = accumulation_dtype(query)
     # [num_kv_heads, num_rows * group, head_dim]: heads of a group share their keys.
     grouped = query.to(dtype).view(num_rows, num_kv_heads, group, head_dim).transpose(0, 1)
+    if pages.static_key_scale is not None:
+        scale = scale * pages.static_key_scale
     grouped = grouped.reshape(num_kv_heads, num_rows * group, head_dim) * scale
     last = torch.arange(seq_len - num_rows, seq_len, device=query.device)
     last = last.repeat_interleave(group).unsqueeze(1)  # [num_rows * group, 1]
@@ -94,6 +96,8 @@ def _attend(
         total = total * decay + weights.sum(dim=-1, keepdim=True)
         weighted = weighted * decay + weights @ value
         maximum = new_maximum
+    if pages.static_value_scale is not None:
+        weighted = weighted * pages.static_value_scale
     attended = (weighted / total).view(num_kv_heads, num_rows, group, head_dim)
     return attended.transpose(0, 1).reshape(num_rows, num_heads, head_dim)
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepwire_executor.batch import StepBatch
+from stepwire_executor.kernels.native.pages import check_pages
 from stepwire_executor.kernels.paged_attention.triton_cases import COMPILE_CASES
 from stepwire_executor.kernels.paged_attention.triton_combine import combine_splits_kernel
 from stepwire_executor.kernels.paged_attention.triton_config import (
@@ -22,7 +23,8 @@ from stepwire_executor.kernels.paged_attention.triton_config import (
 )
 from stepwire_executor.kernels.paged_attention.triton_decode import decode_attention_kernel
 from stepwire_executor.kernels.paged_attention.triton_prefill import prefill_attention_kernel
-from stepwire_executor.kv_cache import FP8_DTYPE, SCALE_DTYPE, KVPages
+from stepwire_executor.kernels.paged_attention.triton_tile import VALUE_GAIN
+from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
 
 __all__ = ["COMPILE_CASES", "paged_attention"]
 
@@ -85,6 +87,9 @@ def paged_attention(
         "HAS_SOFTCAP": softcap is not None,
         "HAS_WINDOW": sliding_window is not None,
     }
+    value_factor = pages.static_value_scale or 1.0
+    if pages.value_scale is not None:
+        value_factor = 1.0 / VALUE_GAIN.value
     context = (
         pages.key,
         pages.value,
@@ -99,9 +104,10 @@ def paged_attention(
     scalars = (
         query.stride(0),
         query.stride(1),
-        scale * math.log2(math.e),
+        scale * (pages.static_key_scale or 1.0) * math.log2(math.e),
         softcap or 0.0,
         window,
+        value_factor,
     )
 
     max_splits = -(-batch.block_table.shape[1] * pages.block_size // SPLIT_TOKENS)
@@ -143,13 +149,13 @@ def paged_attention(
             num_seqs,
             max_splits,
             window,
+            value_factor,
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=shared["BLOCK_D"],
             BLOCK_SEQS=shared["BLOCK_SEQS"],
             SPLIT_TOKENS=SPLIT_TOKENS,
             MAX_QUERY=MAX_DECODE_QUERY,
-            IS_SCALED=shared["IS_SCALED"],
             HAS_WINDOW=shared["HAS_WINDOW"],
             num_warps=COMBINE_WARPS,
         )
@@ -205,18 +211,11 @@ def _check(
         raise ValueError(f"{num_heads} query heads do not divide into {num_kv_heads} KV heads")
     if pages.key.shape[3] != head_dim or pages.value.shape != pages.key.shape:
         raise ValueError(f"pages of shape {tuple(pages.key.shape)} do not hold {head_dim} elements")
-    if (pages.key.dtype == FP8_DTYPE) != (pages.key_scale is not None):
-        raise ValueError("float8 pages need scales, and no others have them")
+    check_pages(pages, head_dim)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, not {softcap}")
-    for tensor in (pages.key, pages.value, pages.key_scale, pages.value_scale):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError("pages must be contiguous")
-    for scale in (pages.key_scale, pages.value_scale):
-        if scale is not None and (scale.dtype != SCALE_DTYPE or scale.shape != pages.key.shape[:3]):
-            raise ValueError("scales must be bfloat16 [num_blocks, num_kv_heads, block_size]")
     for index in (batch.cu_seqlens_q, batch.seq_lens, batch.block_table):
         if index.dtype != torch.int32 or index.stride(-1) != 1:
             raise ValueError("cu_seqlens_q, seq_lens and block_table must be dense int32")

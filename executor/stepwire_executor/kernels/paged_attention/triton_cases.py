@@ -31,22 +31,30 @@ _SCALARS = {
     "score_scale": "fp32",
     "softcap": "fp32",
     "window": "i32",
+    "value_factor": "fp32",
 }
 _SPLITS = {"split_weighted_ptr": "*fp32", "split_state_ptr": "*fp32", "max_splits": "i32"}
 
 
 def _attention_cases(
-    capability: int, head_dim: int, page: str, block_size: int, has_window: bool
+    capability: int,
+    head_dim: int,
+    page: str,
+    block_size: int,
+    has_window: bool,
+    *,
+    is_static: bool = False,
 ) -> list[CompileCase]:
     """Both kernels, of 8 KV heads and groups of 4, with bfloat16 queries."""
     is_fp8 = page == "fp8e4nv"
+    has_scales = is_fp8 and not is_static
     config = choose_config(divmod(capability, 10), head_dim=head_dim, dot_dtype=torch.float16)
     signature = {
         "query_ptr": "*bf16",
         "out_ptr": "*bf16",
         "key_ptr": f"*{page}",
         "value_ptr": f"*{page}",
-        **({"key_scale_ptr": "*i16", "value_scale_ptr": "*i16"} if is_fp8 else {}),
+        **({"key_scale_ptr": "*i16", "value_scale_ptr": "*i16"} if has_scales else {}),
         **_LENGTHS,
         **_SCALARS,
     }
@@ -59,13 +67,14 @@ def _attention_cases(
         "BLOCK_SEQS": 64,
         "SPLIT_TOKENS": SPLIT_TOKENS,
         "DOT_DTYPE": tl.float16 if is_fp8 else tl.bfloat16,
-        "IS_SCALED": is_fp8,
+        "IS_SCALED": has_scales,
         "RESCALES_QUERY": is_fp8,
         "HAS_SOFTCAP": has_window,
         "HAS_WINDOW": has_window,
-        **({} if is_fp8 else {"key_scale_ptr": None, "value_scale_ptr": None}),
+        **({} if has_scales else {"key_scale_ptr": None, "value_scale_ptr": None}),
     }
     suffix = f"{page}_d{head_dim}_page{block_size}{'_window' if has_window else ''}"
+    suffix += "_static" if is_static else ""
     return [
         CompileCase(
             name=f"{name}_{suffix}",
@@ -108,6 +117,7 @@ def _combine_case(head_dim: int) -> CompileCase:
             "seq_lens_ptr": "*i32",
             "num_seqs": "i32",
             "window": "i32",
+            "value_factor": "fp32",
             **_SPLITS,
         },
         constexprs={
@@ -117,7 +127,6 @@ def _combine_case(head_dim: int) -> CompileCase:
             "BLOCK_SEQS": 64,
             "SPLIT_TOKENS": SPLIT_TOKENS,
             "MAX_QUERY": MAX_DECODE_QUERY,
-            "IS_SCALED": False,
             "HAS_WINDOW": False,
         },
         num_warps=COMBINE_WARPS,
@@ -134,6 +143,10 @@ COMPILE_CASES: tuple[CompileCase, ...] = (
         for block_size, has_window in ((16, False), (64, False), (64, True))
         # sm_80 has no e4m3.
         if not (page == "fp8e4nv" and capability < 89)
+    ),
+    *itertools.chain.from_iterable(
+        _attention_cases(capability, 128, "fp8e4nv", 64, has_window=False, is_static=True)
+        for capability in (90, 100)
     ),
     _combine_case(64),
     _combine_case(128),

@@ -22,13 +22,13 @@ def combine_splits_kernel(
     num_seqs,
     max_splits,
     window,
+    value_factor,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     MAX_QUERY: tl.constexpr,
-    IS_SCALED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """Write out's row of one decoded token and head: program (row, head).
@@ -72,7 +72,7 @@ def combine_splits_kernel(
             tl.load(split_state_ptr + place * 2 + 1),
             split_weighted,
         )
-    result = finish_rows(total, weighted, IS_SCALED)
+    result = finish_rows(total, weighted, value_factor)
     token = (query_start + row - row_start).to(tl.int64)
     target = (token * NUM_HEADS + head) * HEAD_DIM + dims
     tl.store(out_ptr + target[None, :], result.to(out_ptr.dtype.element_ty), mask=is_used)

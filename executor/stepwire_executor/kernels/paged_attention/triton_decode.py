@@ -63,6 +63,7 @@ def decode_attention_kernel(
     score_scale,
     softcap,
     window,
+    value_factor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -240,7 +241,7 @@ def decode_attention_kernel(
         is_stored = is_used[:, None] & (dims < HEAD_DIM)[None, :]
         if seq_splits == 1:
             rows = ((query_start + tokens).to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM
-            result = finish_rows(total, weighted, IS_SCALED)
+            result = finish_rows(total, weighted, value_factor)
             tl.store(
                 out_ptr + rows[:, None] + dims[None, :],
                 result.to(out_ptr.dtype.element_ty),

@@ -38,6 +38,7 @@ def prefill_attention_kernel(
     score_scale,
     softcap,
     window,
+    value_factor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -233,7 +234,7 @@ def prefill_attention_kernel(
         all_maximum, all_total, all_weighted, maximum, total, weighted
     )
     rows = ((query_start + tokens).to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM
-    result = finish_rows(all_total, all_weighted, IS_SCALED)
+    result = finish_rows(all_total, all_weighted, value_factor)
     tl.store(
         out_ptr + rows[:, None] + dims[None, :],
         result.to(out_ptr.dtype.element_ty),

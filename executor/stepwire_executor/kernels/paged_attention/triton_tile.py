@@ -196,8 +196,10 @@ def join_splits(maximum, total, weighted, split_maximum, split_total, split_weig
 
 
 @triton.jit
-def finish_rows(total, weighted, IS_SCALED: tl.constexpr):
-    """Normalise rows: [rows, BLOCK_D] float32; zero where a row saw nothing."""
-    if IS_SCALED:
-        weighted = weighted * (1.0 / VALUE_GAIN)
-    return weighted / tl.where(total == 0.0, 1.0, total)[:, None]
+def finish_rows(total, weighted, value_factor):
+    """Normalise rows: [rows, BLOCK_D] float32; zero where a row saw nothing.
+
+    value_factor: what a value's element is to be multiplied by: 1 / VALUE_GAIN where scales a
+    token went into the weights, the static scale, or 1.
+    """
+    return weighted * value_factor / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -93,6 +93,8 @@ def make_rope_and_write_kv(library: NativeLibrary) -> RopeAndWriteKV:
             num_kv_heads,
             head_dim,
             MIN_AMAX,
+            pages.static_key_scale or 0.0,
+            pages.static_value_scale or 0.0,
             torch.get_num_threads(),
         )
         if problem:

@@ -38,8 +38,14 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     amax = wide.abs().amax(dim=-1)
     scale = round_up(amax.clamp(min=MIN_AMAX) / FP8_MAX)
     scale = scale.masked_fill(~amax.isfinite(), torch.nan)
-    codes = (wide / scale.float().unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
-    return codes, scale
+    return encode(wide, scale.float().unsqueeze(-1)), scale
+
+
+def encode(x: Tensor, scale: Tensor) -> Tensor:
+    """Return the e4m3 codes of x / scale, saturating at 448; NaN where x is not finite."""
+    codes = (x / scale).clamp(-FP8_MAX, FP8_MAX)
+    # An infinity that saturated would pass for a number.
+    return codes.masked_fill(~x.isfinite(), torch.nan).to(FP8_DTYPE)
 
 
 def round_up(x: Tensor) -> Tensor:
@@ -49,14 +55,23 @@ def round_up(x: Tensor) -> Tensor:
 
 
 def _write(
-    pages: Tensor, scales: Tensor | None, blocks: Tensor, offsets: Tensor, x: Tensor
+    pages: Tensor,
+    scales: Tensor | None,
+    static_scale: float | None,
+    blocks: Tensor,
+    offsets: Tensor,
+    x: Tensor,
 ) -> None:
-    if scales is None:
+    if scales is not None:
+        codes, scale = quantise(x)
+        scales[blocks, :, offsets] = scale
+    elif static_scale is not None:
+        # A tensor divides; torch multiplies by a number's reciprocal on some devices.
+        codes = encode(x.float(), torch.full((1,), static_scale, device=x.device))
+    else:
         pages[blocks, :, offsets] = x.to(pages.dtype)
         return
-    codes, scale = quantise(x)
     pages.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
-    scales[blocks, :, offsets] = scale
 
 
 def rope_and_write_kv(
@@ -78,5 +93,7 @@ def rope_and_write_kv(
     is_stored = batch.slot_mapping >= 0
     slots = batch.slot_mapping[is_stored]
     blocks, offsets = slots // pages.block_size, slots % pages.block_size
-    _write(pages.key, pages.key_scale, blocks, offsets, rotated[is_stored])
-    _write(pages.value, pages.value_scale, blocks, offsets, value[is_stored])
+    _write(pages.key, pages.key_scale, pages.static_key_scale, blocks, offsets, rotated[is_stored])
+    _write(
+        pages.value, pages.value_scale, pages.static_value_scale, blocks, offsets, value[is_stored]
+    )

@@ -29,7 +29,7 @@ _NUM_WARPS = 4
 
 @triton.jit
 def _encode_e4m3(x):
-    """Return the e4m3 codes of float32 x as uint8: nearest, ties to even, saturating at 448.
+    """Return the e4m3 codes of float32 x as int32: nearest, ties to even, saturating at 448.
 
     In integers, so that every device and the interpreter, whose own conversion cuts digits off,
     give the same bits.
@@ -42,7 +42,7 @@ def _encode_e4m3(x):
     subnormal = (magnitude + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(magnitude < 0.015625, subnormal, normal)
     code = tl.where(x == x, code, 0x7F)
-    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+    return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
 
 
 @triton.jit
@@ -68,7 +68,9 @@ def _store_part(pages_ptr, offsets, x, scale, mask, IS_FP8: tl.constexpr):
     """Store [BLOCK_HEADS, columns] of float32, divided by scale, [BLOCK_HEADS], where fp8."""
     if IS_FP8:
         codes = _encode_e4m3(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)))
-        tl.store(pages_ptr + offsets, codes, mask=mask)
+        # An infinity that saturated would pass for a number.
+        codes = tl.where(tl.abs(x) < float("inf"), codes, 0x7F)
+        tl.store(pages_ptr + offsets, codes.to(tl.uint8), mask=mask)
     else:
         tl.store(pages_ptr + offsets, x.to(pages_ptr.dtype.element_ty), mask=mask)
 
@@ -96,12 +98,15 @@ def rope_and_write_kv_kernel(
     num_heads,
     num_kv_heads,
     block_size,
+    static_key_scale,  # float32, of e4m3 pages without scales
+    static_value_scale,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     IS_FP8: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
     AMAX_FLOOR: tl.constexpr,
 ):
@@ -160,8 +165,11 @@ def rope_and_write_kv_kernel(
             pages_ptr = key_pages_ptr
             if is_value:
                 pages_ptr = value_pages_ptr
-            scale = tl.full((BLOCK_HEADS,), 1.0, dtype=tl.float32)
-            if IS_FP8:
+            static_scale = static_key_scale
+            if is_value:
+                static_scale = static_value_scale
+            scale = tl.full((BLOCK_HEADS,), 1.0, dtype=tl.float32) * static_scale
+            if HAS_SCALES:
                 amax = tl.maximum(_largest_bits(first), _largest_bits(second))
             if REST > 0:
                 rest_column = tl.arange(0, BLOCK_REST)
@@ -169,9 +177,9 @@ def rope_and_write_kv_kernel(
                 rest_ptrs = source_ptr + heads[:, None] * head_stride
                 rest_ptrs += ROTARY_DIM + rest_column[None, :]
                 rest = tl.load(rest_ptrs, mask=rest_mask, other=0.0).to(tl.float32)
-                if IS_FP8:
+                if HAS_SCALES:
                     amax = tl.maximum(amax, _largest_bits(rest))
-            if IS_FP8:
+            if HAS_SCALES:
                 scale_bits = _scale_bits(amax, AMAX_FLOOR, FP8_LIMIT)
                 scale = (scale_bits << 16).to(tl.float32, bitcast=True)
                 scales_ptr = key_scale_ptr
@@ -255,13 +263,17 @@ def rope_and_write_kv(
         num_heads,
         num_kv_heads,
         block_size,
-        **_constexprs(head_dim, rotary_dim, pages.key.dtype),
+        pages.static_key_scale or 1.0,
+        pages.static_value_scale or 1.0,
+        **_constexprs(head_dim, rotary_dim, pages.key.dtype, pages.key_scale is not None),
         num_warps=_NUM_WARPS,
         num_stages=1,
     )
 
 
-def _constexprs(head_dim: int, rotary_dim: int, page_dtype: torch.dtype) -> dict[str, object]:
+def _constexprs(
+    head_dim: int, rotary_dim: int, page_dtype: torch.dtype, has_scales: bool
+) -> dict[str, object]:
     return {
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": rotary_dim,
@@ -269,15 +281,22 @@ def _constexprs(head_dim: int, rotary_dim: int, page_dtype: torch.dtype) -> dict
         "BLOCK_HALF": next_power_of_two(rotary_dim // 2),
         "BLOCK_REST": next_power_of_two(max(1, head_dim - rotary_dim)),
         "IS_FP8": page_dtype == FP8_DTYPE,
+        "HAS_SCALES": has_scales,
         "FP8_LIMIT": FP8_MAX,
         "AMAX_FLOOR": MIN_AMAX,
     }
 
 
 def _case(
-    dtype: torch.dtype, page_dtype: torch.dtype, head_dim: int, rotary_dim: int
+    dtype: torch.dtype,
+    page_dtype: torch.dtype,
+    head_dim: int,
+    rotary_dim: int,
+    *,
+    is_static: bool = False,
 ) -> CompileCase:
     is_fp8 = page_dtype == FP8_DTYPE
+    has_scales = is_fp8 and not is_static
     kind = "*" + TRITON_TYPES[dtype]
     page_kind = "*u8" if is_fp8 else "*" + TRITON_TYPES[page_dtype]
     integers = (
@@ -285,11 +304,12 @@ def _case(
         "value_token_stride", "value_head_stride", "max_positions", "num_slots", "num_heads",
         "num_kv_heads", "block_size",
     )  # fmt: skip
-    constexprs = _constexprs(head_dim, rotary_dim, page_dtype)
-    if not is_fp8:
+    constexprs = _constexprs(head_dim, rotary_dim, page_dtype, has_scales)
+    if not has_scales:
         constexprs |= {"key_scale_ptr": None, "value_scale_ptr": None}
     return CompileCase(
-        name=f"rope_and_write_kv {kind[1:]} to {TRITON_TYPES[page_dtype]} {head_dim}/{rotary_dim}",
+        name=f"rope_and_write_kv {kind[1:]} to {TRITON_TYPES[page_dtype]} {head_dim}/{rotary_dim}"
+        + (" static" if is_static else ""),
         kernel=rope_and_write_kv_kernel,
         signature={
             "query_ptr": kind,
@@ -302,6 +322,8 @@ def _case(
             "value_pages_ptr": page_kind,
             "key_scale_ptr": "*i16",
             "value_scale_ptr": "*i16",
+            "static_key_scale": "fp32",
+            "static_value_scale": "fp32",
         }
         | dict.fromkeys(integers, "i32"),
         constexprs=constexprs,
@@ -311,18 +333,21 @@ def _case(
     )
 
 
-COMPILE_CASES = tuple(
-    _case(dtype, page_dtype, head_dim, rotary_dim)
-    for dtype, page_dtype, head_dim, rotary_dim in (
-        (torch.bfloat16, torch.bfloat16, 128, 128),
-        (torch.bfloat16, FP8_DTYPE, 128, 128),
-        (torch.bfloat16, torch.bfloat16, 64, 64),
-        (torch.bfloat16, FP8_DTYPE, 64, 64),
-        (torch.float16, torch.float16, 128, 128),
-        (torch.float16, FP8_DTYPE, 256, 256),
-        (torch.float32, torch.float32, 64, 64),
-        (torch.float32, FP8_DTYPE, 80, 32),
-        (torch.bfloat16, torch.bfloat16, 96, 96),
-    )
+COMPILE_CASES = (
+    _case(torch.bfloat16, FP8_DTYPE, 128, 128, is_static=True),
+    *(
+        _case(dtype, page_dtype, head_dim, rotary_dim)
+        for dtype, page_dtype, head_dim, rotary_dim in (
+            (torch.bfloat16, torch.bfloat16, 128, 128),
+            (torch.bfloat16, FP8_DTYPE, 128, 128),
+            (torch.bfloat16, torch.bfloat16, 64, 64),
+            (torch.bfloat16, FP8_DTYPE, 64, 64),
+            (torch.float16, torch.float16, 128, 128),
+            (torch.float16, FP8_DTYPE, 256, 256),
+            (torch.float32, torch.float32, 64, 64),
+            (torch.float32, FP8_DTYPE, 80, 32),
+            (torch.bfloat16, torch.bfloat16, 96, 96),
+        )
+    ),
 )
 """Configurations that are compiled ahead of time."""

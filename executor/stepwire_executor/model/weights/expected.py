@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.model.config import ModelConfig
+from stepwire_executor.model.weights.kv_scales import kv_scale_names
 from stepwire_executor.model.weights.source import WeightSource
 
 
@@ -41,7 +42,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def check_tensors(config: ModelConfig, source: WeightSource) -> None:
     """Raise ModelLoadError unless the checkpoint holds just what the config calls for.
 
-    A head beside tied embeddings is let pass: some checkpoints store the table twice.
+    A head beside tied embeddings is let pass: some checkpoints store the table twice. So are the
+    scales of an fp8 KV cache, which only such a cache reads.
     """
     expected = expected_tensors(config)
     for name, shape in expected.items():
@@ -56,7 +58,8 @@ def check_tensors(config: ModelConfig, source: WeightSource) -> None:
                 f"tensor {name!r} has shape {list(info.shape)}, but the config calls for "
                 f"{list(shape)}; get config and weights from the same source"
             )
-    unexpected = source.tensors.keys() - expected.keys() - {"lm_head.weight"}
+    optional = {"lm_head.weight"} | kv_scale_names(config.num_layers)
+    unexpected = source.tensors.keys() - expected.keys() - optional
     if unexpected:
         raise ModelLoadError(
             f"the checkpoint holds tensor {min(unexpected)!r}, which a {config.architecture} of "

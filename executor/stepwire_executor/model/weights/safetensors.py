@@ -75,12 +75,14 @@ class SafetensorsWeights:
 
     def load_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
         """See WeightSource."""
-        out.copy_(self._slices[name][first_row : first_row + len(out)])
+        piece = self._slices[name]
+        out.copy_(piece[first_row : first_row + len(out)] if out.ndim else piece[...])
 
     def sample(self, name: str) -> bytes:
         """See WeightSource."""
         piece = self._slices[name]
-        values: Tensor = piece[:1] if len(piece.get_shape()) > 1 else piece[:16]
+        num_dims = len(piece.get_shape())
+        values: Tensor = piece[...] if num_dims == 0 else piece[: 1 if num_dims > 1 else 16]
         return values.float().flatten()[:16].numpy().tobytes()
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ struct Call {
   float scale;
   int64_t window;   // 0: unlimited
   float softcap;    // 0: none
+  float value_factor;
   int num_threads;
 
   int64_t group() const { return num_heads / num_kv_heads; }
@@ -110,8 +111,10 @@ inline void load_square(const Call& call, const int64_t* vectors, int64_t count,
         value = load_first(value_pages + offset, width);
       }
       if constexpr (std::is_same_v<Page, e4m3>) {
-        rows[i] *= widen(call.key_scales[vectors[i]]);
-        value *= widen(call.value_scales[vectors[i]]);
+        if (call.key_scales) {
+          rows[i] *= widen(call.key_scales[vectors[i]]);
+          value *= widen(call.value_scales[vectors[i]]);
+        }
       }
     }
     store(values + i * dim + d, value);

@@ -85,6 +85,7 @@ struct RopeCall {
   bf16* value_scales;
   int64_t num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size;
   float min_amax;
+  float static_key_scale, static_value_scale;  // of e4m3 pages without scales
   int num_threads;
 };
 
@@ -109,29 +110,37 @@ void narrow_row(const float* from, T* to, int64_t n) {
   for_vectors(n, [&](int64_t, auto get, auto put) { put(to, get(from)); });
 }
 
-// One scale a vector, NaN unless all of it is finite; the division rounds as the reference's.
-bf16 quantise_row(const float* from, e4m3* to, int64_t n, float min_amax) {
+// The scale of a vector, NaN unless all of it is finite.
+bf16 scale_of_row(const float* from, int64_t n, float min_amax) {
   vf amax = {};
   for_vectors(n, [&](int64_t, auto get, auto) {
     const vf magnitude = (vf)((vu)get(from) & 0x7fffffff);
     amax = max(amax, magnitude < INF ? magnitude : splat(INF));
   });
   const float largest_one = largest(amax);
-  const bf16 scale = largest_one < INF ? round_up(std::max(largest_one, min_amax) / 448.0f)
-                                       : bf16{0x7fc0};
-  const float divisor = widen(scale);
-  for_vectors(n, [&](int64_t, auto get, auto put) { put(to, get(from) / divisor); });
-  return scale;
+  return largest_one < INF ? round_up(std::max(largest_one, min_amax) / 448.0f) : bf16{0x7fc0};
+}
+
+// The division rounds as the reference's does. What is not finite becomes NaN: an infinity that
+// saturated would pass for a number.
+void quantise_row(const float* from, e4m3* to, int64_t n, float scale) {
+  for_vectors(n, [&](int64_t, auto get, auto put) {
+    const vf x = get(from);
+    const vf magnitude = (vf)((vu)x & 0x7fffffff);
+    put(to, magnitude < INF ? x / scale : splat(std::numeric_limits<float>::quiet_NaN()));
+  });
 }
 
 template <class Page>
-void write_row(const float* from, void* pages, bf16* scales, int64_t vector, int64_t n,
-               float min_amax) {
+void write_row(const float* from, void* pages, bf16* scales, float static_scale, int64_t vector,
+               int64_t n, float min_amax) {
   Page* to = static_cast<Page*>(pages) + vector * n;
-  if constexpr (std::is_same_v<Page, e4m3>)
-    scales[vector] = quantise_row(from, to, n, min_amax);
-  else
+  if constexpr (std::is_same_v<Page, e4m3>) {
+    if (scales) scales[vector] = scale_of_row(from, n, min_amax);
+    quantise_row(from, to, n, scales ? widen(scales[vector]) : static_scale);
+  } else {
     narrow_row(from, to, n);
+  }
 }
 
 template <class T, class Page>
@@ -160,13 +169,13 @@ void rope_and_write_kv(const RopeCall& call) {
                        head * call.key_strides[1];
         widen_row(key, row, call.head_dim);
         rotate(row, cos_sin, half);
-        write_row<Page>(row, call.key_pages, call.key_scales, vector, call.head_dim,
-                        call.min_amax);
+        write_row<Page>(row, call.key_pages, call.key_scales, call.static_key_scale, vector,
+                        call.head_dim, call.min_amax);
         const T* value = static_cast<const T*>(call.value) + token * call.value_strides[0] +
                          head * call.value_strides[1];
         widen_row(value, row, call.head_dim);
-        write_row<Page>(row, call.value_pages, call.value_scales, vector, call.head_dim,
-                        call.min_amax);
+        write_row<Page>(row, call.value_pages, call.value_scales, call.static_value_scale, vector,
+                        call.head_dim, call.min_amax);
       }
     }
   }
@@ -229,7 +238,8 @@ extern "C" void stepwire_silu_and_mul(const void* x, int64_t stride, int64_t dty
 }
 
 // Strides are in elements, of tokens and heads. Returns 0, 1 if a position lies outside cos_sin
-// or 2 if a slot lies outside the pages; nothing is written then.
+// or 2 if a slot lies outside the pages; nothing is written then. Scales are null unless pages are
+// e4m3 with a scale a token; without them e4m3 pages hold multiples of the static scales.
 extern "C" int64_t stepwire_rope_and_write_kv(
     void* query, int64_t query_token_stride, int64_t query_head_stride, const void* key,
     int64_t key_token_stride, int64_t key_head_stride, const void* value,
@@ -238,7 +248,7 @@ extern "C" int64_t stepwire_rope_and_write_kv(
     void* key_pages, void* value_pages, void* key_scales, void* value_scales,
     int64_t page_dtype, int64_t num_slots, int64_t block_size, int64_t num_tokens,
     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float min_amax,
-    int64_t num_threads) {
+    float static_key_scale, float static_value_scale, int64_t num_threads) {
   using namespace stepwire;
   for (int64_t token = 0; token < num_tokens; ++token) {
     if (positions[token] < 0 || positions[token] >= max_positions) return 1;
@@ -264,6 +274,8 @@ extern "C" int64_t stepwire_rope_and_write_kv(
                       rotary_dim,
                       block_size,
                       min_amax,
+                      static_key_scale,
+                      static_value_scale,
                       threads_for(num_tokens * (num_heads + 2 * num_kv_heads) * head_dim,
                                   num_threads)};
   switch (dtype) {

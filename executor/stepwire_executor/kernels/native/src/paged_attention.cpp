@@ -67,7 +67,7 @@ void store_out(const Call& call, const Task& task, const Partial& whole) {
       T* to = static_cast<T*>(call.out) +
               ((first + token) * call.num_heads + task.kv_head * group + head) * call.head_dim;
       for_vectors(call.head_dim, [&](int64_t, auto get, auto put) {
-        put(to, get(from) / whole.total[row]);
+        put(to, get(from) * call.value_factor / whole.total[row]);
       });
     }
 }
@@ -228,7 +228,8 @@ bool has_blocks(const Call& call, int64_t num_blocks) {
 }  // namespace stepwire
 
 // Strides are in elements; block_table rows are block_table_stride entries long; scales are null
-// unless pages are e4m3; window and softcap of 0 are off. Returns 0, or 1 if a sequence needs a
+// unless pages are e4m3 with a scale a token; value_factor multiplies the result; window and
+// softcap of 0 are off. Returns 0, or 1 if a sequence needs a
 // block that its row of the table lacks; nothing is written then.
 extern "C" int64_t stepwire_paged_attention(
     const void* query, int64_t query_token_stride, int64_t query_head_stride, int64_t dtype,
@@ -237,7 +238,7 @@ extern "C" int64_t stepwire_paged_attention(
     const int32_t* cu_seqlens_q, const int32_t* seq_lens, const int32_t* block_table,
     int64_t block_table_stride, void* out, int64_t num_seqs, int64_t num_heads,
     int64_t num_kv_heads, int64_t head_dim, int64_t block_size, float scale, int64_t window,
-    float softcap, int64_t num_threads) {
+    float softcap, float value_factor, int64_t num_threads) {
   using namespace stepwire;
   const Call call{query,
                   {query_token_stride, query_head_stride},
@@ -258,6 +259,7 @@ extern "C" int64_t stepwire_paged_attention(
                   scale,
                   window,
                   softcap,
+                  value_factor,
                   static_cast<int>(num_threads)};
   if (!has_blocks(call, num_blocks)) return 1;
   switch (dtype) {
