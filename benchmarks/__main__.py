@@ -19,6 +19,7 @@ BENCHMARKS = (
     "transformers_static",
     "time_to_first_token",
     "serving",
+    "fp8_kv",
     "kernels_cpu",
 )
 """In the order in which all run."""
