@@ -32,7 +32,9 @@ class KVPages:
 
     A quantised element stands for key[b, h, o, d] * key_scale[b, h, o], or for
     key[b, h, o, d] * static_key_scale: quantised pages have the one or the other, for keys as for
-    values, and unquantised pages have neither. A scale of NaN marks a vector that was not finite.
+    values, and unquantised pages have neither. Keys with scales of their own are mixed, as their
+    queries are (`kernels.interface.RopeAndWriteKV`). A scale of NaN marks a vector that was not
+    finite.
     """
 
     key: Tensor

@@ -9,7 +9,7 @@ from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels.interface import RopeAndWriteKV
 from stepwire_executor.kernels.native.library import COMPUTE_DTYPES, DTYPE_CODES, NativeLibrary
 from stepwire_executor.kernels.native.pages import check_pages
-from stepwire_executor.kernels.rope_and_write_kv.reference import MIN_AMAX
+from stepwire_executor.kernels.rope_and_write_kv.reference import MIN_AMAX, mixing_size
 from stepwire_executor.kv_cache import KVPages
 
 _PROBLEMS = {
@@ -92,6 +92,7 @@ def make_rope_and_write_kv(library: NativeLibrary) -> RopeAndWriteKV:
             num_heads,
             num_kv_heads,
             head_dim,
+            1 if pages.key_scale is None else mixing_size(head_dim, rotary_dim),
             MIN_AMAX,
             pages.static_key_scale or 0.0,
             pages.static_value_scale or 0.0,

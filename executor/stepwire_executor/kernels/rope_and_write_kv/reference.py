@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,35 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat(
         (first * cos - second * sin, second * cos + first * sin, wide[..., 2 * half :]), dim=-1
     )
+
+
+def mixing_size(head_dim: int, rotary_dim: int) -> int:
+    """Return how many elements of a head `mix` blends, a power of two.
+
+    All of a head where their number is one and all of them turn; else what divides both the
+    halves that are rotated and the elements behind them, so that no block crosses parts.
+    """
+    if rotary_dim == head_dim and head_dim & (head_dim - 1) == 0:
+        return head_dim
+    part = math.gcd(rotary_dim // 2, head_dim - rotary_dim)
+    return part & -part
+
+
+def mix(x: Tensor, size: int) -> Tensor:
+    """Multiply each stretch of size elements by the Hadamard matrix over sqrt(size).
+
+    x: [..., head_dim] float32 or float64. Orthogonal: applied to queries and keys alike it leaves
+    their products as they are, but spreads over all elements of a key what would be a few large
+    ones, whose rounding to e4m3 the same elements of the query would magnify. Shah et al. 2024
+    (FlashAttention-3), section 3.3, without the random signs.
+    """
+    blocks = x.unflatten(-1, (-1, size))
+    stride = 1
+    while stride < size:
+        first, second = blocks.unflatten(-1, (-1, 2, stride)).unbind(dim=-2)
+        blocks = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        stride *= 2
+    return blocks.flatten(-2) * size**-0.5
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +119,11 @@ def rope_and_write_kv(
             f"rotary_dim {cos_sin.shape[-1]} must be even and at most {query.shape[-1]}"
         )
     angles = cos_sin[batch.positions]
-    query.copy_(rotate(query, angles))
-    rotated = rotate(key, angles)
+    turned, rotated = rotate(query, angles), rotate(key, angles)
+    if pages.key_scale is not None:
+        size = mixing_size(query.shape[-1], cos_sin.shape[-1])
+        turned, rotated = mix(turned, size), mix(rotated, size)
+    query.copy_(turned)
     is_stored = batch.slot_mapping >= 0
     slots = batch.slot_mapping[is_stored]
     blocks, offsets = slots // pages.block_size, slots % pages.block_size

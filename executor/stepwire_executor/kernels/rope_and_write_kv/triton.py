@@ -20,7 +20,7 @@ from stepwire_executor.kernels.launch import (
     next_power_of_two,
 )
 from stepwire_executor.kernels.native.pages import check_pages
-from stepwire_executor.kernels.rope_and_write_kv.reference import MIN_AMAX
+from stepwire_executor.kernels.rope_and_write_kv.reference import MIN_AMAX, mixing_size
 from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, KVPages
 
 _BLOCK_HEADS = 8
@@ -43,6 +43,22 @@ def _encode_e4m3(x):
     code = tl.where(magnitude < 0.015625, subnormal, normal)
     code = tl.where(x == x, code, 0x7F)
     return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+
+
+@triton.jit
+def _mix(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOG_SIZE: tl.constexpr):
+    """Multiply stretches of 2^LOG_SIZE of x's columns, [ROWS, COLUMNS], by the Hadamard matrix.
+
+    Each round takes sums and differences of neighbours and moves them to the two halves of the
+    stretch, so that after LOG_SIZE rounds every element is back in its place.
+    """
+    SIZE: tl.constexpr = 1 << LOG_SIZE
+    for _ in tl.static_range(LOG_SIZE):
+        pairs = tl.reshape(x, [ROWS, COLUMNS // SIZE, SIZE // 2, 2])
+        even, odd = tl.split(pairs)
+        pairs = tl.join(even + odd, even - odd)
+        x = tl.reshape(tl.permute(pairs, [0, 1, 3, 2]), [ROWS, COLUMNS])
+    return x
 
 
 @triton.jit
@@ -107,6 +123,9 @@ def rope_and_write_kv_kernel(
     BLOCK_REST: tl.constexpr,
     IS_FP8: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    LOG_MIXED: tl.constexpr,
+    MIXES_HALVES: tl.constexpr,
+    MIXING_FACTOR: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
     AMAX_FLOOR: tl.constexpr,
 ):
@@ -152,11 +171,29 @@ def rope_and_write_kv_kernel(
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
+        if MIXING_FACTOR < 1.0:
+            first = _mix(first, BLOCK_HEADS, BLOCK_HALF, LOG_MIXED)
+            second = _mix(second, BLOCK_HEADS, BLOCK_HALF, LOG_MIXED)
+            if MIXES_HALVES:
+                turned = first + second
+                second = (first - second) * MIXING_FACTOR
+                first = turned * MIXING_FACTOR
+            else:
+                first = first * MIXING_FACTOR
+                second = second * MIXING_FACTOR
 
     if is_query:
-        # Elements past the rotary ones stay where they are.
         tl.store(ptrs, first.to(query_ptr.dtype.element_ty), mask=mask)
         tl.store(ptrs + HALF, second.to(query_ptr.dtype.element_ty), mask=mask)
+        # Elements past the rotary ones stay as they are unless they are mixed.
+        if REST > 0 and MIXING_FACTOR < 1.0:
+            rest_column = tl.arange(0, BLOCK_REST)
+            rest_mask = head_mask[:, None] & (rest_column < REST)[None, :]
+            rest_ptrs = source_ptr + heads[:, None] * head_stride
+            rest_ptrs += ROTARY_DIM + rest_column[None, :]
+            rest = tl.load(rest_ptrs, mask=rest_mask, other=0.0).to(tl.float32)
+            rest = _mix(rest, BLOCK_HEADS, BLOCK_REST, LOG_MIXED) * MIXING_FACTOR
+            tl.store(rest_ptrs, rest.to(query_ptr.dtype.element_ty), mask=rest_mask)
     else:
         slot = tl.load(slot_ptr + token)
         if (slot >= 0) & (slot < num_slots):
@@ -177,6 +214,9 @@ def rope_and_write_kv_kernel(
                 rest_ptrs = source_ptr + heads[:, None] * head_stride
                 rest_ptrs += ROTARY_DIM + rest_column[None, :]
                 rest = tl.load(rest_ptrs, mask=rest_mask, other=0.0).to(tl.float32)
+                if MIXING_FACTOR < 1.0:
+                    mixed = _mix(rest, BLOCK_HEADS, BLOCK_REST, LOG_MIXED) * MIXING_FACTOR
+                    rest = tl.where(is_value, rest, mixed)
                 if HAS_SCALES:
                     amax = tl.maximum(amax, _largest_bits(rest))
             if HAS_SCALES:
@@ -274,6 +314,8 @@ def rope_and_write_kv(
 def _constexprs(
     head_dim: int, rotary_dim: int, page_dtype: torch.dtype, has_scales: bool
 ) -> dict[str, object]:
+    size = mixing_size(head_dim, rotary_dim) if has_scales else 1
+    mixes_halves = size > 1 and size == head_dim
     return {
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": rotary_dim,
@@ -282,6 +324,9 @@ def _constexprs(
         "BLOCK_REST": next_power_of_two(max(1, head_dim - rotary_dim)),
         "IS_FP8": page_dtype == FP8_DTYPE,
         "HAS_SCALES": has_scales,
+        "LOG_MIXED": (size // 2 if mixes_halves else size).bit_length() - 1,
+        "MIXES_HALVES": mixes_halves,
+        "MIXING_FACTOR": size**-0.5,
         "FP8_LIMIT": FP8_MAX,
         "AMAX_FLOOR": MIN_AMAX,
     }

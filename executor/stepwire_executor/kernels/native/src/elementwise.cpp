@@ -84,6 +84,7 @@ struct RopeCall {
   bf16* key_scales;
   bf16* value_scales;
   int64_t num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size;
+  int64_t mixing_size;  // elements that are mixed, a power of two; 1: none
   float min_amax;
   float static_key_scale, static_value_scale;  // of e4m3 pages without scales
   int num_threads;
@@ -98,6 +99,20 @@ void rotate(float* x, const float* cos_sin, int64_t half) {
     put(x, fma(a, c, -(b * s)));
     put(second, fma(b, c, a * s));
   });
+}
+
+// Multiplies each stretch of size elements by the Hadamard matrix over sqrt(size).
+void mix(float* x, int64_t n, int64_t size) {
+  if (size == 1) return;
+  for (int64_t stride = 1; stride < size; stride *= 2)
+    for (int64_t start = 0; start < n; start += 2 * stride)
+      for (int64_t i = start; i < start + stride; ++i) {
+        const float a = x[i], b = x[i + stride];
+        x[i] = a + b;
+        x[i + stride] = a - b;
+      }
+  const float factor = 1.0f / std::sqrt(static_cast<float>(size));
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
 template <class T>
@@ -158,6 +173,7 @@ void rope_and_write_kv(const RopeCall& call) {
                    head * call.query_strides[1];
         widen_row(query, row, call.head_dim);
         rotate(row, cos_sin, half);
+        mix(row, call.head_dim, call.mixing_size);
         narrow_row(row, query, call.head_dim);
       }
       const int64_t slot = call.slots[token];
@@ -169,6 +185,7 @@ void rope_and_write_kv(const RopeCall& call) {
                        head * call.key_strides[1];
         widen_row(key, row, call.head_dim);
         rotate(row, cos_sin, half);
+        mix(row, call.head_dim, call.mixing_size);
         write_row<Page>(row, call.key_pages, call.key_scales, call.static_key_scale, vector,
                         call.head_dim, call.min_amax);
         const T* value = static_cast<const T*>(call.value) + token * call.value_strides[0] +
@@ -247,8 +264,8 @@ extern "C" int64_t stepwire_rope_and_write_kv(
     int64_t max_positions, int64_t rotary_dim, const int64_t* positions, const int64_t* slots,
     void* key_pages, void* value_pages, void* key_scales, void* value_scales,
     int64_t page_dtype, int64_t num_slots, int64_t block_size, int64_t num_tokens,
-    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float min_amax,
-    float static_key_scale, float static_value_scale, int64_t num_threads) {
+    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t mixing_size,
+    float min_amax, float static_key_scale, float static_value_scale, int64_t num_threads) {
   using namespace stepwire;
   for (int64_t token = 0; token < num_tokens; ++token) {
     if (positions[token] < 0 || positions[token] >= max_positions) return 1;
@@ -273,6 +290,7 @@ extern "C" int64_t stepwire_rope_and_write_kv(
                       head_dim,
                       rotary_dim,
                       block_size,
+                      mixing_size,
                       min_amax,
                       static_key_scale,
                       static_value_scale,
