@@ -1,6 +1,6 @@
 """What an fp8 KV cache costs in quality, and saves in bytes, on the real model.
 
-Run: python -m benchmarks.fp8_kv [--tokens N] [--threads N]
+Run: GOMP_SPINCOUNT=1000 python -m benchmarks.fp8_kv [--tokens N] [--threads N]
 
 Native kernels, bfloat16 weights and activations; only the dtype of the KV pages differs, and every
 key and value is read back from them, a prompt's own included. Perplexity is over the prose of the

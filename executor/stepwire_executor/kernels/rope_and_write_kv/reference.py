@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels.dtypes import accumulation_dtype
 from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, SCALE_DTYPE, KVPages
 
+KEY_SCALE_FACTORS = (1.0, 2**0.25, 2**0.5, 2**0.75)
+"""Multiples of the least scale that are tried for a key: e4m3's steps double each octave, so that
+some place within one suits a vector best."""
 MIN_AMAX = 1e-12
 """Floor of a vector's largest magnitude, so that an all-zero vector's scale is a normal float."""
 
@@ -72,6 +76,31 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return encode(wide, scale.float().unsqueeze(-1)), scale
 
 
+def quantise_key(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As quantise, by the one of KEY_SCALE_FACTORS whose squared error is least; ties by order."""
+    wide = x.float()
+    amax = wide.abs().amax(dim=-1)
+    best_codes, best_scale = quantise(wide)
+    best_error = _squared_error(wide, best_codes, best_scale)
+    for factor in KEY_SCALE_FACTORS[1:]:
+        scale = round_up(amax.clamp(min=MIN_AMAX) / FP8_MAX * factor)
+        codes = encode(wide, scale.float().unsqueeze(-1))
+        error = _squared_error(wide, codes, scale)
+        is_better = error < best_error  # never where the vector is not finite
+        best_scale = torch.where(is_better, scale, best_scale)
+        best_codes = torch.where(
+            is_better.unsqueeze(-1), codes.view(torch.uint8), best_codes.view(torch.uint8)
+        ).view(FP8_DTYPE)
+        best_error = torch.where(is_better, error, best_error)
+    return best_codes, best_scale
+
+
+def _squared_error(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Sum over a vector in units of the scale, times the scale squared."""
+    wide_scale = scale.float().unsqueeze(-1)
+    return ((codes.float() - x / wide_scale).square().sum(dim=-1)) * scale.float().square()
+
+
 def encode(x: Tensor, scale: Tensor) -> Tensor:
     """Return the e4m3 codes of x / scale, saturating at 448; NaN where x is not finite."""
     codes = (x / scale).clamp(-FP8_MAX, FP8_MAX)
@@ -92,6 +121,7 @@ def _write(
     blocks: Tensor,
     offsets: Tensor,
     x: Tensor,
+    quantise: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> None:
     if scales is not None:
         codes, scale = quantise(x)
@@ -127,7 +157,21 @@ def rope_and_write_kv(
     is_stored = batch.slot_mapping >= 0
     slots = batch.slot_mapping[is_stored]
     blocks, offsets = slots // pages.block_size, slots % pages.block_size
-    _write(pages.key, pages.key_scale, pages.static_key_scale, blocks, offsets, rotated[is_stored])
     _write(
-        pages.value, pages.value_scale, pages.static_value_scale, blocks, offsets, value[is_stored]
+        pages.key,
+        pages.key_scale,
+        pages.static_key_scale,
+        blocks,
+        offsets,
+        rotated[is_stored],
+        quantise_key,
+    )
+    _write(
+        pages.value,
+        pages.value_scale,
+        pages.static_value_scale,
+        blocks,
+        offsets,
+        value[is_stored],
+        quantise,
     )

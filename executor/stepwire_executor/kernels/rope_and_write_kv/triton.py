@@ -20,7 +20,11 @@ from stepwire_executor.kernels.launch import (
     next_power_of_two,
 )
 from stepwire_executor.kernels.native.pages import check_pages
-from stepwire_executor.kernels.rope_and_write_kv.reference import MIN_AMAX, mixing_size
+from stepwire_executor.kernels.rope_and_write_kv.reference import (
+    KEY_SCALE_FACTORS,
+    MIN_AMAX,
+    mixing_size,
+)
 from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, KVPages
 
 _BLOCK_HEADS = 8
@@ -71,10 +75,23 @@ def _largest_bits(x):
 
 
 @triton.jit
-def _scale_bits(amax_bits, AMAX_FLOOR: tl.constexpr, FP8_LIMIT: tl.constexpr):
-    """Return the bits of amax / 448 as bfloat16, rounded up; of NaN where amax is not finite."""
+def _rounding_error(x, scale):
+    """Return each row's squared error when x is rounded to e4m3 multiples of scale, [rows]."""
+    magnitude = tl.abs(x) / scale[:, None]
+    bits = magnitude.to(tl.int32, bitcast=True)
+    # As _encode_e4m3, kept as float32.
+    rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) << 20
+    rounded = rounded.to(tl.float32, bitcast=True)
+    rounded = tl.where(magnitude < 0.015625, (magnitude + 16384.0) - 16384.0, rounded)
+    error = (tl.minimum(rounded, 448.0) - magnitude) * scale[:, None]
+    return tl.sum(error * error, axis=1)
+
+
+@triton.jit
+def _scale_bits(amax_bits, factor, AMAX_FLOOR: tl.constexpr, FP8_LIMIT: tl.constexpr):
+    """Return the bits of factor * amax / 448 as bfloat16, rounded up; of NaN where not finite."""
     amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), AMAX_FLOOR)
-    scale = tl.div_rn(amax, tl.full(amax.shape, FP8_LIMIT, tl.float32))
+    scale = tl.div_rn(amax, tl.full(amax.shape, FP8_LIMIT, tl.float32)) * factor
     bits = (scale.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
     return tl.where(amax_bits < 0x7F800000, bits, 0x7FC0)
 
@@ -128,6 +145,7 @@ def rope_and_write_kv_kernel(
     MIXING_FACTOR: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
     AMAX_FLOOR: tl.constexpr,
+    KEY_SCALE_FACTORS: tl.constexpr,
 ):
     HALF: tl.constexpr = ROTARY_DIM // 2
     REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
@@ -220,8 +238,22 @@ def rope_and_write_kv_kernel(
                 if HAS_SCALES:
                     amax = tl.maximum(amax, _largest_bits(rest))
             if HAS_SCALES:
-                scale_bits = _scale_bits(amax, AMAX_FLOOR, FP8_LIMIT)
+                scale_bits = _scale_bits(amax, 1.0, AMAX_FLOOR, FP8_LIMIT)
                 scale = (scale_bits << 16).to(tl.float32, bitcast=True)
+                if not is_value:
+                    best_error = _rounding_error(first, scale) + _rounding_error(second, scale)
+                    if REST > 0:
+                        best_error += _rounding_error(rest, scale)
+                    for i in tl.static_range(1, len(KEY_SCALE_FACTORS)):
+                        bits = _scale_bits(amax, KEY_SCALE_FACTORS[i], AMAX_FLOOR, FP8_LIMIT)
+                        trial = (bits << 16).to(tl.float32, bitcast=True)
+                        error = _rounding_error(first, trial) + _rounding_error(second, trial)
+                        if REST > 0:
+                            error += _rounding_error(rest, trial)
+                        is_better = error < best_error
+                        best_error = tl.where(is_better, error, best_error)
+                        scale_bits = tl.where(is_better, bits, scale_bits)
+                    scale = (scale_bits << 16).to(tl.float32, bitcast=True)
                 scales_ptr = key_scale_ptr
                 if is_value:
                     scales_ptr = value_scale_ptr
@@ -329,6 +361,7 @@ def _constexprs(
         "MIXING_FACTOR": size**-0.5,
         "FP8_LIMIT": FP8_MAX,
         "AMAX_FLOOR": MIN_AMAX,
+        "KEY_SCALE_FACTORS": KEY_SCALE_FACTORS,
     }
 
 

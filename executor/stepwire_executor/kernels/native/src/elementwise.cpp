@@ -10,6 +10,8 @@ namespace {
 
 // Below this many elements waking other threads costs more than it saves.
 constexpr int64_t PARALLEL_ELEMENTS = 32768;
+// After 1, as in reference.py.
+constexpr float KEY_SCALE_FACTORS[] = {1.189207115f, 1.414213562f, 1.681792831f};
 
 int threads_for(int64_t num_elements, int64_t num_threads) {
   return num_elements < PARALLEL_ELEMENTS ? 1 : static_cast<int>(num_threads);
@@ -125,15 +127,39 @@ void narrow_row(const float* from, T* to, int64_t n) {
   for_vectors(n, [&](int64_t, auto get, auto put) { put(to, get(from)); });
 }
 
-// The scale of a vector, NaN unless all of it is finite.
-bf16 scale_of_row(const float* from, int64_t n, float min_amax) {
+// Squared error of a row that is rounded to multiples of scale.
+float rounding_error(const float* from, int64_t n, float scale) {
+  vf errors = {};
+  for_vectors(n, [&](int64_t, auto get, auto) {
+    const vf x = get(from) / scale;
+    const vf error = widen(narrow(x, e4m3{}), e4m3{}) - x;
+    errors = fma(error, error, errors);
+  });
+  return sum(errors) * (scale * scale);
+}
+
+// The scale of a vector, NaN unless all of it is finite: the least, or the best of some multiples.
+bf16 scale_of_row(const float* from, int64_t n, float min_amax, bool is_key) {
   vf amax = {};
   for_vectors(n, [&](int64_t, auto get, auto) {
     const vf magnitude = (vf)((vu)get(from) & 0x7fffffff);
     amax = max(amax, magnitude < INF ? magnitude : splat(INF));
   });
   const float largest_one = largest(amax);
-  return largest_one < INF ? round_up(std::max(largest_one, min_amax) / 448.0f) : bf16{0x7fc0};
+  if (!(largest_one < INF)) return {0x7fc0};
+  const float least = std::max(largest_one, min_amax) / 448.0f;
+  bf16 best = round_up(least);
+  if (!is_key) return best;
+  float best_error = rounding_error(from, n, widen(best));
+  for (const float factor : KEY_SCALE_FACTORS) {
+    const bf16 scale = round_up(least * factor);
+    const float error = rounding_error(from, n, widen(scale));
+    if (error < best_error) {
+      best = scale;
+      best_error = error;
+    }
+  }
+  return best;
 }
 
 // The division rounds as the reference's does. What is not finite becomes NaN: an infinity that
@@ -148,10 +174,10 @@ void quantise_row(const float* from, e4m3* to, int64_t n, float scale) {
 
 template <class Page>
 void write_row(const float* from, void* pages, bf16* scales, float static_scale, int64_t vector,
-               int64_t n, float min_amax) {
+               int64_t n, float min_amax, bool is_key) {
   Page* to = static_cast<Page*>(pages) + vector * n;
   if constexpr (std::is_same_v<Page, e4m3>) {
-    if (scales) scales[vector] = scale_of_row(from, n, min_amax);
+    if (scales) scales[vector] = scale_of_row(from, n, min_amax, is_key);
     quantise_row(from, to, n, scales ? widen(scales[vector]) : static_scale);
   } else {
     narrow_row(from, to, n);
@@ -187,12 +213,12 @@ void rope_and_write_kv(const RopeCall& call) {
         rotate(row, cos_sin, half);
         mix(row, call.head_dim, call.mixing_size);
         write_row<Page>(row, call.key_pages, call.key_scales, call.static_key_scale, vector,
-                        call.head_dim, call.min_amax);
+                        call.head_dim, call.min_amax, true);
         const T* value = static_cast<const T*>(call.value) + token * call.value_strides[0] +
                          head * call.value_strides[1];
         widen_row(value, row, call.head_dim);
         write_row<Page>(row, call.value_pages, call.value_scales, call.static_value_scale, vector,
-                        call.head_dim, call.min_amax);
+                        call.head_dim, call.min_amax, false);
       }
     }
   }
