@@ -9,6 +9,7 @@ import torch
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels import Kernels
 from stepwire_executor.kernels.rope_and_write_kv import MIN_AMAX
+from stepwire_executor.kernels.rope_and_write_kv.reference import quantise
 from stepwire_executor.kernels.select import reference_kernels
 from stepwire_executor.kv_cache import FP8_DTYPE, KVPages, StaticScales
 from support.kernels_support import (
@@ -186,6 +187,18 @@ def test_queries_turn_and_keys_and_values_are_stored(
             torch.testing.assert_close(
                 got, expected, rtol=1.01 * ULP[page_dtype], atol=2e-6, check_dtype=False
             )
+
+
+def test_a_key_has_the_scale_of_four_that_rounds_it_best(kernels: Kernels) -> None:
+    case = RopeCase.make(torch.float32, FP8_DTYPE, query_lens=[40])
+    key = mixed(rotated(case.key, case.table, case.batch.positions), 64)
+    codes, scale = quantise(key)
+    plain = codes.double() * scale.double().unsqueeze(-1)
+    case.run(kernels)
+    got = read(case.pages.key, case.pages.key_scale, case.batch.slot_mapping)
+    error, plain_error = ((x - key).square().sum(dim=-1) for x in (got, plain))
+    assert bool((error <= plain_error * (1 + 1e-4)).all())
+    assert float(error.sum()) < 0.95 * float(plain_error.sum())
 
 
 def test_no_slot_but_the_named_ones_is_written(kernels: Kernels) -> None:
