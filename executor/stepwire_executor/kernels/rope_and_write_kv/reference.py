@@ -54,13 +54,13 @@ def mix(x: Tensor, size: int) -> Tensor:
     ones, whose rounding to e4m3 the same elements of the query would magnify. Shah et al. 2024
     (FlashAttention-3), section 3.3, without the random signs.
     """
-    blocks = x.unflatten(-1, (-1, size))
+    mixed = x.reshape(-1, size)
     stride = 1
     while stride < size:
-        first, second = blocks.unflatten(-1, (-1, 2, stride)).unbind(dim=-2)
-        blocks = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        first, second = mixed.reshape(-1, 2, stride).unbind(dim=1)
+        mixed = torch.stack((first + second, first - second), dim=1)
         stride *= 2
-    return blocks.flatten(-2) * size**-0.5
+    return mixed.reshape(x.shape) / math.sqrt(size)
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
