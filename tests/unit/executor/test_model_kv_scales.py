@@ -196,4 +196,4 @@ def test_the_cache_takes_half_of_bfloat16s_bytes(
     num_threads = torch.get_num_threads()
     _, description = load_runner(config, lambda _phase, _fraction: None)
     torch.set_num_threads(num_threads)
-    assert description.kv_cache_bytes == sizes["fp8"] * 8 * config.block_size
+    assert description.kv_cache_bytes == sizes["fp8"] * 8 * description.block_size
