@@ -13,11 +13,15 @@ import triton
 import triton.language as tl
 
 from stepwire_executor.kernels.paged_attention.triton_tile import (
-    attend_tile,
+    add_values,
     count_rows,
     finish_rows,
     first_key,
+    hide_unseen,
+    load_blocks,
     load_query,
+    score_tile,
+    weigh_scores,
 )
 
 
@@ -88,6 +92,7 @@ def decode_attention_kernel(
     of these sequences.
     """
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    LOG2E: tl.constexpr = 1.4426950408889634
     seqs = tl.arange(0, BLOCK_SEQS)
     query_lens, seq_lens = load_decode_lengths(
         cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, BLOCK_SEQS, MAX_QUERY
@@ -132,111 +137,63 @@ def decode_attention_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+        row_factor = query_scale * score_scale
+        if HAS_SOFTCAP:
+            cap_scale = row_factor * (2.0 / softcap)
+            row_factor = tl.full([BLOCK_M], 1.0, tl.float32) * (softcap * LOG2E)
+        else:
+            cap_scale = row_factor
         begin = (first_split + split) * SPLIT_TOKENS
         end = tl.minimum(begin + SPLIT_TOKENS, seq_len)
-        if HAS_WINDOW:
-            seen = first_key(seq_len - query_len, window, HAS_WINDOW)
-            begin = tl.maximum(begin, seen // BLOCK_N * BLOCK_N)
-            # Tiles that every query sees whole start where the last query's window does.
-            full = first_key(seq_len - 1, window, HAS_WINDOW)
-            full_begin = tl.maximum((full + BLOCK_N - 1) // BLOCK_N * BLOCK_N, begin)
-            for start in range(begin, tl.minimum(full_begin, end), BLOCK_N):
-                maximum, total, weighted = attend_tile(
-                    query,
-                    query_scale,
-                    maximum,
-                    total,
-                    weighted,
-                    start,
-                    last,
-                    seq_len,
-                    key_ptr,
-                    value_ptr,
-                    key_scale_ptr,
-                    value_scale_ptr,
-                    table_ptr,
-                    kv_head,
-                    score_scale,
-                    softcap,
-                    window,
-                    dims,
-                    NUM_KV_HEADS,
-                    BLOCK_SIZE,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    BLOCK_N,
-                    IS_SCALED,
-                    RESCALES_QUERY,
-                    HAS_SOFTCAP,
-                    HAS_WINDOW,
-                    IS_MASKED=True,
-                )
-        else:
-            full_begin = begin
-        full_end = (seq_len - query_len + 1) // BLOCK_N * BLOCK_N
-        full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
-        for start in range(full_begin, full_end, BLOCK_N):
-            maximum, total, weighted = attend_tile(
+        seen = first_key(seq_len - query_len, window, HAS_WINDOW)
+        begin = tl.maximum(begin, seen // BLOCK_N * BLOCK_N)
+        # Every row sees all of the tiles from here ...
+        full_begin = first_key(seq_len - 1, window, HAS_WINDOW)
+        # ... to here.
+        full_end = seq_len - query_len + 1
+        blocks = load_blocks(table_ptr, begin, seq_len, BLOCK_SIZE, BLOCK_N)
+        for start in range(begin, end, BLOCK_N):
+            next_blocks = load_blocks(table_ptr, start + BLOCK_N, seq_len, BLOCK_SIZE, BLOCK_N)
+            scores = score_tile(
                 query,
-                query_scale,
-                maximum,
-                total,
-                weighted,
+                blocks,
                 start,
-                last,
-                seq_len,
-                key_ptr,
-                value_ptr,
-                key_scale_ptr,
-                value_scale_ptr,
-                table_ptr,
                 kv_head,
-                score_scale,
-                softcap,
-                window,
+                key_ptr,
+                key_scale_ptr,
                 dims,
+                cap_scale,
                 NUM_KV_HEADS,
                 BLOCK_SIZE,
                 HEAD_DIM,
                 BLOCK_D,
                 BLOCK_N,
                 IS_SCALED,
-                RESCALES_QUERY,
                 HAS_SOFTCAP,
-                HAS_WINDOW,
-                IS_MASKED=False,
             )
-        for start in range(full_end, end, BLOCK_N):
-            maximum, total, weighted = attend_tile(
-                query,
-                query_scale,
-                maximum,
-                total,
-                weighted,
+            if start + BLOCK_N > full_end or (HAS_WINDOW and start < full_begin):
+                scores = hide_unseen(scores, start, last, window, HAS_WINDOW, BLOCK_N)
+            weights, maximum, decay = weigh_scores(scores, row_factor, maximum)
+            total = tl.fma(total, decay, tl.sum(weights, axis=1))
+            weighted = add_values(
+                weights,
+                weighted * decay[:, None],
+                blocks,
                 start,
-                last,
                 seq_len,
-                key_ptr,
-                value_ptr,
-                key_scale_ptr,
-                value_scale_ptr,
-                table_ptr,
                 kv_head,
-                score_scale,
-                softcap,
-                window,
+                value_ptr,
+                value_scale_ptr,
                 dims,
                 NUM_KV_HEADS,
                 BLOCK_SIZE,
                 HEAD_DIM,
                 BLOCK_D,
                 BLOCK_N,
+                DOT_DTYPE,
                 IS_SCALED,
-                RESCALES_QUERY,
-                HAS_SOFTCAP,
-                HAS_WINDOW,
-                IS_MASKED=True,
             )
+            blocks = next_blocks
 
         is_stored = is_used[:, None] & (dims < HEAD_DIM)[None, :]
         if seq_splits == 1:

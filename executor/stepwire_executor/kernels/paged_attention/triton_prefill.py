@@ -11,12 +11,16 @@ import triton
 import triton.language as tl
 
 from stepwire_executor.kernels.paged_attention.triton_tile import (
-    attend_tile,
+    add_values,
     count_rows,
     finish_rows,
     first_key,
+    hide_unseen,
     join_splits,
+    load_blocks,
     load_query,
+    score_tile,
+    weigh_scores,
 )
 
 
@@ -60,6 +64,7 @@ def prefill_attention_kernel(
     Program (block of rows over all sequences, KV head); programs past the last block return.
     """
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    LOG2E: tl.constexpr = 1.4426950408889634
     seqs = tl.arange(0, BLOCK_SEQS)
     is_seq = seqs < num_seqs
     query_lens = tl.load(cu_seqlens_q_ptr + seqs + 1, mask=is_seq, other=0)
@@ -73,6 +78,7 @@ def prefill_attention_kernel(
     seq = tl.sum((tl.cumsum(work, axis=0) <= place).to(tl.int32), axis=0)
     row_block = place - tl.sum(tl.where(seqs < seq, work, 0), axis=0)
     query_start = tl.load(cu_seqlens_q_ptr + seq)
+    first_row = query_start
     query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - query_start
     seq_len = tl.load(seq_lens_ptr + seq)
     table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
@@ -106,133 +112,85 @@ def prefill_attention_kernel(
     all_total = tl.zeros([BLOCK_M], tl.float32)
     all_weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    end = last_position + 1
-    if HAS_WINDOW:
-        begin = first_key(first_position, window, HAS_WINDOW) // BLOCK_N * BLOCK_N
-        # Tiles that every row sees whole start where the last row's window does.
-        full = first_key(last_position, window, HAS_WINDOW)
-        full_begin = (full + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-        for start in range(begin, tl.minimum(full_begin, end), BLOCK_N):
-            if start % SPLIT_TOKENS == 0:
-                all_maximum, all_total, all_weighted = join_splits(
-                    all_maximum, all_total, all_weighted, maximum, total, weighted
-                )
-                maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_M], tl.float32)
-                weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            maximum, total, weighted = attend_tile(
-                query,
-                query_scale,
-                maximum,
-                total,
-                weighted,
-                start,
-                last,
-                seq_len,
-                key_ptr,
-                value_ptr,
-                key_scale_ptr,
-                value_scale_ptr,
-                table_ptr,
-                kv_head,
-                score_scale,
-                softcap,
-                window,
-                dims,
-                NUM_KV_HEADS,
-                BLOCK_SIZE,
-                HEAD_DIM,
-                BLOCK_D,
-                BLOCK_N,
-                IS_SCALED,
-                RESCALES_QUERY,
-                HAS_SOFTCAP,
-                HAS_WINDOW,
-                IS_MASKED=True,
-            )
+    row_factor = query_scale * score_scale
+    if HAS_SOFTCAP:
+        cap_scale = row_factor * (2.0 / softcap)
+        row_factor = tl.full([BLOCK_M], 1.0, tl.float32) * (softcap * LOG2E)
     else:
-        full_begin = 0
-    full_end = tl.maximum((first_position + 1) // BLOCK_N * BLOCK_N, full_begin)
-    for start in range(full_begin, full_end, BLOCK_N):
-        if start % SPLIT_TOKENS == 0:
-            all_maximum, all_total, all_weighted = join_splits(
-                all_maximum, all_total, all_weighted, maximum, total, weighted
-            )
-            maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        maximum, total, weighted = attend_tile(
+        cap_scale = row_factor
+    begin = first_key(first_position, window, HAS_WINDOW) // BLOCK_N * BLOCK_N
+    # Every row sees all of the tiles from here ...
+    full_begin = first_key(last_position, window, HAS_WINDOW)
+    # ... to here.
+    full_end = first_position + 1
+    blocks = load_blocks(table_ptr, begin, seq_len, BLOCK_SIZE, BLOCK_N)
+    for start in range(begin, last_position + 1, BLOCK_N):
+        next_blocks = load_blocks(table_ptr, start + BLOCK_N, seq_len, BLOCK_SIZE, BLOCK_N)
+        starts_split = start % SPLIT_TOKENS == 0
+        scores = score_tile(
             query,
-            query_scale,
-            maximum,
-            total,
-            weighted,
+            blocks,
             start,
-            last,
-            seq_len,
-            key_ptr,
-            value_ptr,
-            key_scale_ptr,
-            value_scale_ptr,
-            table_ptr,
             kv_head,
-            score_scale,
-            softcap,
-            window,
+            key_ptr,
+            key_scale_ptr,
             dims,
+            cap_scale,
             NUM_KV_HEADS,
             BLOCK_SIZE,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_N,
             IS_SCALED,
-            RESCALES_QUERY,
             HAS_SOFTCAP,
-            HAS_WINDOW,
-            IS_MASKED=False,
         )
-    for start in range(full_end, end, BLOCK_N):
-        if start % SPLIT_TOKENS == 0:
+        if start + BLOCK_N > full_end or (HAS_WINDOW and start < full_begin):
+            scores = hide_unseen(scores, start, last, window, HAS_WINDOW, BLOCK_N)
+        old_maximum = maximum
+        maximum = tl.where(starts_split, float("-inf"), maximum)
+        weights, maximum, decay = weigh_scores(scores, row_factor, maximum)
+        # In one branch with the decay, which needs the scores: the compiler would else move the
+        # join before the scores' product, which could then not run beside the last tile's.
+        if starts_split:
             all_maximum, all_total, all_weighted = join_splits(
-                all_maximum, all_total, all_weighted, maximum, total, weighted
+                all_maximum, all_total, all_weighted, old_maximum, total, weighted
             )
-            maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        maximum, total, weighted = attend_tile(
-            query,
-            query_scale,
-            maximum,
-            total,
+        else:
+            weighted = weighted * decay[:, None]
+        total = tl.fma(total, decay, tl.sum(weights, axis=1))
+        weighted = add_values(
+            weights,
             weighted,
+            blocks,
             start,
-            last,
             seq_len,
-            key_ptr,
-            value_ptr,
-            key_scale_ptr,
-            value_scale_ptr,
-            table_ptr,
             kv_head,
-            score_scale,
-            softcap,
-            window,
+            value_ptr,
+            value_scale_ptr,
             dims,
             NUM_KV_HEADS,
             BLOCK_SIZE,
             HEAD_DIM,
             BLOCK_D,
             BLOCK_N,
+            DOT_DTYPE,
             IS_SCALED,
-            RESCALES_QUERY,
-            HAS_SOFTCAP,
-            HAS_WINDOW,
-            IS_MASKED=True,
         )
+        blocks = next_blocks
 
     all_maximum, all_total, all_weighted = join_splits(
         all_maximum, all_total, all_weighted, maximum, total, weighted
     )
+    # Read again, so that the compiler computes the rows' addresses here: it would else hold them
+    # in registers throughout the loop, which has none to spare.
+    query_start = tl.load(cu_seqlens_q_ptr + seq, volatile=True)
+    packed = row_block * BLOCK_M + (query_start - first_row) + tl.arange(0, BLOCK_M)
+    tokens = packed // GROUP
+    heads = kv_head * GROUP + packed % GROUP
+    is_used = tokens < query_len
+    dims = tl.arange(0, BLOCK_D)
     rows = ((query_start + tokens).to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM
     result = finish_rows(all_total, all_weighted, value_factor)
     tl.store(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-VALUE_GAIN = tl.constexpr(256.0)
-"""Keeps float16 weights times a value scale normal: the scale of values around 1 is 0.002.
+VALUE_GAIN = tl.constexpr(4.0)
+"""Factor of values in float16: their scales are normal numbers down to a largest value of 0.007.
 
-Overflow then starts at values around 114,000 in magnitude, underflow of a weight of 1e-4 at 1.
+Overflow then starts at values of 16,376 in magnitude. Keys go without: theirs starts at 65,504,
+and a scale too small for float16 is wrong by 1e-5 of a key's unit at most.
 """
 
 
@@ -68,111 +69,172 @@ def load_query(
 
 
 @triton.jit
-def load_scales(scale_ptr, slots, is_stored):
-    """Scales of slots as float32, 0 where nothing is stored; scale_ptr holds bfloat16's bits."""
-    bits = tl.load(scale_ptr + slots, mask=is_stored, other=0).to(tl.int32)
-    return (bits << 16).to(tl.float32, bitcast=True)
+def load_blocks(
+    table_ptr, start, seq_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Block ids of the tile at start, int32: one where a page holds whole tiles, or [BLOCK_N].
+
+    Past the sequence's end they repeat its last block, which is always there to be read.
+    """
+    last = (seq_len - 1) // BLOCK_SIZE
+    if BLOCK_SIZE % BLOCK_N == 0:
+        place = tl.minimum(start // BLOCK_SIZE, last)
+    else:
+        place = tl.minimum((start + tl.arange(0, BLOCK_N)) // BLOCK_SIZE, last)
+    return tl.load(table_ptr + place)
 
 
 @triton.jit
-def attend_tile(
-    query,
-    query_scale,
-    maximum,
-    total,
-    weighted,
+def find_slots(
+    blocks,
     start,
-    last,
-    seq_len,
-    key_ptr,
-    value_ptr,
-    key_scale_ptr,
-    value_scale_ptr,
-    table_ptr,
     kv_head,
-    score_scale,
-    softcap,
-    window,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where a tile's tokens are, counted in vectors of HEAD_DIM: int64 base, int32 [BLOCK_N].
+
+    64-bit arithmetic is kept to the base, which is one number where a page holds whole tiles.
+    """
+    offsets = tl.arange(0, BLOCK_N)
+    base = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
+    if BLOCK_SIZE % BLOCK_N == 0:
+        base += start % BLOCK_SIZE
+    else:
+        offsets = (start + offsets) % BLOCK_SIZE
+    return base, offsets
+
+
+@triton.jit
+def load_scales(scale_ptr, base, offsets, BLOCK_SIZE: tl.constexpr):
+    """Scales of a tile's slots, [BLOCK_N] float32; scale_ptr holds the bits of bfloat16.
+
+    Read as the 4 bytes that hold a pair: the compiler copies nothing smaller ahead of its use.
+    """
+    if BLOCK_SIZE % 2 == 0:
+        pairs = scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        bits = tl.load(pairs + base // 2 + offsets // 2)
+        bits = tl.where(offsets % 2 == 0, bits << 16, bits & -65536)
+    else:
+        bits = tl.load(scale_ptr + base + offsets).to(tl.int32) << 16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def score_tile(
+    query,
+    blocks,
+    start,
+    kv_head,
+    key_ptr,
+    key_scale_ptr,
     dims,
+    cap_scale,
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_SCALED: tl.constexpr,
-    RESCALES_QUERY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    IS_MASKED: tl.constexpr,
 ):
-    """Take positions start to start + BLOCK_N into the online softmax of every row.
+    """Scores of every row against a tile: [BLOCK_M, BLOCK_N], to be multiplied by a row's factor.
 
-    last: [BLOCK_M], position of each row's own token. score_scale includes log2(e). A tile that
-    is not IS_MASKED must be visible to every row. Milakov & Gimelshein 2018; Dao et al. 2022.
+    Slots past the sequence's end are read and may yield NaN, which the mask replaces.
     """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    offsets = tl.arange(0, BLOCK_N)
-    positions = start + offsets
-    is_stored = positions < seq_len
+    base, offsets = find_slots(blocks, start, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+    elements = offsets.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
     if BLOCK_SIZE % BLOCK_N == 0:
-        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        slots = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + (start % BLOCK_SIZE + offsets)
+        pointers = key_ptr + base * HEAD_DIM + elements
     else:
-        if IS_MASKED:
-            block = tl.load(table_ptr + positions // BLOCK_SIZE, mask=is_stored, other=0)
-        else:
-            block = tl.load(table_ptr + positions // BLOCK_SIZE)
-        page = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
-        slots = page + positions % BLOCK_SIZE
-    elements = slots[:, None] * HEAD_DIM + dims[None, :]
-
-    # Slots past the sequence's end may hold NaN, which a weight of zero would not silence.
-    if IS_MASKED:
-        is_loaded = is_stored[:, None] & (dims < HEAD_DIM)[None, :]
-        key = tl.load(key_ptr + elements, mask=is_loaded, other=0.0)
-        value = tl.load(value_ptr + elements, mask=is_loaded, other=0.0)
-    elif BLOCK_D == HEAD_DIM:
-        key = tl.load(key_ptr + elements)
-        value = tl.load(value_ptr + elements)
+        pointers = key_ptr + (base * HEAD_DIM)[:, None] + elements
+    if BLOCK_D == HEAD_DIM:
+        key = tl.load(pointers)
     else:
-        is_loaded = (dims < HEAD_DIM)[None, :]
-        key = tl.load(key_ptr + elements, mask=is_loaded, other=0.0)
-        value = tl.load(value_ptr + elements, mask=is_loaded, other=0.0)
-
-    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
-    if RESCALES_QUERY:
-        scores = scores * query_scale[:, None]
-    factor = tl.full([1, BLOCK_N], 1.0, tl.float32) * score_scale
+        key = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    key = key.to(query.dtype)
     if IS_SCALED:
-        key_scale = load_scales(key_scale_ptr, slots, is_stored)
-        factor = factor * key_scale[None, :]
+        scales = load_scales(key_scale_ptr, base, offsets, BLOCK_SIZE)
+        key = key * scales.to(query.dtype)[:, None]
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)); score_scale's log2(e) makes exp an exp2.
-        scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (factor * (2.0 / softcap))))
-        factor = tl.full([1, BLOCK_N], LOG2E, tl.float32) * softcap
-    factor = tl.broadcast_to(factor, scores.shape)
-    bent = scores * factor
-    if IS_MASKED:
-        is_visible = positions[None, :] <= last[:, None]
-        if HAS_WINDOW:
-            is_visible = is_visible & (positions[None, :] > last[:, None] - window)
-        bent = tl.where(is_visible, bent, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(bent, axis=1))
+        scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * cap_scale[:, None]))
+    return scores
+
+
+@triton.jit
+def weigh_scores(scores, row_factor, maximum):
+    """Online softmax of a tile: weights [BLOCK_M, BLOCK_N], new maximum and the decay of the old.
+
+    Milakov & Gimelshein 2018; Dao et al. 2022.
+    """
+    # Factors are positive, so that the largest product is that of the largest score.
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * row_factor)
     # A row that has seen nothing yet keeps -inf; exp2(-inf - -inf) would be NaN.
     pivot = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights = tl.exp2(tl.fma(scores, factor, tl.broadcast_to(-pivot[:, None], scores.shape)))
-    if IS_MASKED:
-        weights = tl.where(is_visible, weights, 0.0)
-    decay = tl.exp2(maximum - pivot)
-    total = tl.fma(total, decay, tl.sum(weights, axis=1))
-    weighted = weighted * decay[:, None]
-    if IS_SCALED:
-        value_scale = load_scales(value_scale_ptr, slots, is_stored)
-        weights = weights * (value_scale * VALUE_GAIN)[None, :]
-    weighted = tl.dot(
-        weights.to(query.dtype), value.to(query.dtype), weighted, input_precision="ieee"
+    weights = tl.exp2(
+        tl.fma(
+            scores,
+            tl.broadcast_to(row_factor[:, None], scores.shape),
+            tl.broadcast_to(-pivot[:, None], scores.shape),
+        )
     )
-    return new_maximum, total, weighted
+    return weights, new_maximum, tl.exp2(maximum - pivot)
+
+
+@triton.jit
+def add_values(
+    weights,
+    weighted,
+    blocks,
+    start,
+    seq_len,
+    kv_head,
+    value_ptr,
+    value_scale_ptr,
+    dims,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    IS_SCALED: tl.constexpr,
+):
+    """Add a tile's values by their weights to weighted."""
+    base, offsets = find_slots(blocks, start, kv_head, NUM_KV_HEADS, BLOCK_SIZE, BLOCK_N)
+    elements = offsets.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+    if BLOCK_SIZE % BLOCK_N == 0:
+        pointers = value_ptr + base * HEAD_DIM + elements
+    else:
+        pointers = value_ptr + (base * HEAD_DIM)[:, None] + elements
+    # Slots past the sequence's end may hold NaN, which a weight of zero would not silence.
+    is_stored = start + tl.arange(0, BLOCK_N) < seq_len
+    if IS_SCALED:
+        if BLOCK_D == HEAD_DIM:
+            value = tl.load(pointers)
+        else:
+            value = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        scales = load_scales(value_scale_ptr, base, offsets, BLOCK_SIZE)
+        value = value.to(DOT_DTYPE) * (scales * VALUE_GAIN).to(DOT_DTYPE)[:, None]
+        if start + BLOCK_N > seq_len:
+            value = tl.where(is_stored[:, None], value, 0.0)
+    else:
+        value = tl.load(pointers, mask=is_stored[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+        value = value.to(DOT_DTYPE)
+    return tl.dot(weights.to(DOT_DTYPE), value, weighted, input_precision="ieee")
+
+
+@triton.jit
+def hide_unseen(scores, start, last, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """-inf in place of the scores of positions that a row, at position last, does not see."""
+    positions = start + tl.arange(0, BLOCK_N)
+    is_visible = positions[None, :] <= last[:, None]
+    if HAS_WINDOW:
+        is_visible = is_visible & (positions[None, :] > last[:, None] - window)
+    return tl.where(is_visible, scores, float("-inf"))
 
 
 @triton.jit
@@ -199,7 +261,7 @@ def join_splits(maximum, total, weighted, split_maximum, split_total, split_weig
 def finish_rows(total, weighted, value_factor):
     """Normalise rows: [rows, BLOCK_D] float32; zero where a row saw nothing.
 
-    value_factor: what a value's element is to be multiplied by: 1 / VALUE_GAIN where scales a
-    token went into the weights, the static scale, or 1.
+    value_factor: what a value's element is to be multiplied by: 1 / VALUE_GAIN where values were
+    multiplied by their tokens' scales, the static scale, or 1.
     """
     return weighted * value_factor / tl.where(total == 0.0, 1.0, total)[:, None]
