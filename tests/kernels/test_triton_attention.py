@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from stepwire_executor.kernels.paged_attention.triton_config import choose_split_tokens
 from stepwire_executor.kv_cache import FP8_DTYPE, KVCache, StaticScales
 from support.kernels_support import fill_pages, make_batch, plain_attention, stored
 from support.triton_attention import attend
@@ -128,6 +130,33 @@ def test_a_sequence_without_query_tokens_is_left_alone() -> None:
     check([1, 0, 2, 0], [4, 9, 18, 0])
 
 
+@pytest.fixture
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    """Have torch.empty return NaN, so that an element which no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_uninitialised_memory_is_nan")
+def test_every_element_is_written() -> None:
+    assert torch.empty(1).isnan()
+    check([1, 0, 20, 3], [600, 7, 20, 30], num_heads=6, num_kv_heads=2, head_dim=20)
+    check([2], [1500], window=100)
+
+
+@pytest.mark.usefixtures("_uninitialised_memory_is_nan")
+def test_a_row_of_a_sequence_without_context_is_zero() -> None:
+    batch = make_batch([1, 1], [5, 5])
+    keys = [torch.randn(5, 1, 16) for _ in range(2)]
+    pages = fill_pages(batch, keys, keys, dtype=torch.float32)
+    batch.seq_lens[1] = 0
+    got = attend(torch.randn(2, 2, 16), pages, batch, scale=1.0)
+    assert got[0].abs().min() > 0
+    assert not got[1].any()
+
+
+@pytest.mark.usefixtures("_uninitialised_memory_is_nan")
 def test_rows_that_pad_a_batch_are_zero() -> None:
     batch = make_batch([1, 0, 0], [5, 0, 0])
     keys = [torch.randn(n, 1, 16) for n in (5, 0, 0)]
@@ -260,6 +289,26 @@ def test_blocks_far_into_the_pool_are_found() -> None:
     assert torch.equal(got, torch.full_like(got, 2.0))
 
 
+def test_values_and_keys_far_from_one_keep_their_precision() -> None:
+    """fp8 vectors are multiplied by their scales in float16, which must hold them."""
+    batch = make_batch([1], [40])
+    for size in (3e-3, 300.0, 4000.0):
+        keys, values = (torch.randn(40, 1, 32), torch.randn(40, 1, 32) * size)
+        pages = fill_pages(batch, [keys * size], [values], dtype=FP8_DTYPE)
+        query = torch.randn(1, 1, 32).half()
+        got = attend(query, pages, batch, scale=0.2 / size).double()
+        expected = plain_attention(
+            query, stored(keys * size, FP8_DTYPE), stored(values, FP8_DTYPE), scale=0.2 / size
+        )
+        torch.testing.assert_close(got, expected, rtol=0, atol=4e-3 * size)
+
+
+def test_no_block_table_is_cut_into_more_than_the_most_splits() -> None:
+    assert [choose_split_tokens(n) for n in (1, 4096, 32_768, 32_769, 131_072, 1_000_000)] == [
+        512, 512, 512, 1024, 2048, 16_384
+    ]  # fmt: skip
+
+
 def test_wrong_arguments_are_refused() -> None:
     batch = make_batch([1], [2])
     keys = [torch.randn(2, 2, 16)]
@@ -271,6 +320,8 @@ def test_wrong_arguments_are_refused() -> None:
         attend(torch.randn(1, 2, 32), pages, batch, scale=1.0)
     with pytest.raises(ValueError, match="query must be"):
         attend(query.double(), pages, batch, scale=1.0)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        attend(query, pages, batch, scale=0.0)
     with pytest.raises(ValueError, match="sliding_window"):
         attend(query, pages, batch, scale=1.0, window=0)
     with pytest.raises(ValueError, match="softcap"):

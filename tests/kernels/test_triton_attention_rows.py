@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from stepwire_executor.kv_cache import FP8_DTYPE
@@ -31,6 +33,7 @@ class Rows:
         block_size: int = 16,
         window: int | None = None,
         max_query_len: int | None = None,
+        min_blocks: int = 0,
     ) -> list[Tensor]:
         """Attend rows first to last of sequence i for each (i, first, last) in one step."""
         query_lens = [last - first for _, first, last in chunks]
@@ -43,6 +46,10 @@ class Rows:
             [self.values[i][:last] for i, _, last in chunks],
             dtype=self.page_dtype,
             block_size=block_size,
+        )
+        missing = max(0, min_blocks - batch.block_table.shape[1])
+        batch = replace(
+            batch, block_table=torch.nn.functional.pad(batch.block_table, (0, missing), value=-1)
         )
         query = torch.cat([self.queries[i][first:last] for i, first, last in chunks])
         out = attend(query, pages, batch, scale=0.2, window=window, max_query_len=max_query_len)
@@ -97,3 +104,16 @@ def test_the_first_of_two_splits_alone_has_the_bits_of_a_join() -> None:
     alone = rows.attend([(1, 509, 512)])[0]
     joined = rows.attend([(1, 509, 516)])[0][:3]
     assert torch.equal(alone, joined)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.bfloat16, FP8_DTYPE)])
+def test_a_row_has_the_same_bits_in_splits_of_any_length(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """A table wide enough for longer splits: rows are still equal, decoded or prefilled."""
+    rows = Rows(*dtypes)
+    width = 65_536 // 64
+    whole = rows.attend([(0, 1015, 1030)], block_size=64, min_blocks=width)[0]
+    for first in range(1015, 1030, 5):
+        chunk = rows.attend([(0, first, first + 5)], block_size=64, min_blocks=width)[0]
+        assert torch.equal(chunk, whole[first - 1015 : first - 1010])

@@ -30,7 +30,11 @@ class CompileCase:
     divisible_by_16: frozenset[str] = field(default_factory=frozenset)
     """Integer arguments that are multiples of 16; pointers always are aligned to 16 bytes."""
     expect: frozenset[str] = field(default_factory=frozenset)
-    """What the code must hold: "wgmma" (of sm_90 only), "vector_loads" (16 bytes a thread)."""
+    """What the code must hold.
+
+    "wgmma" (asked of sm_90 only), "vector_loads" (16 bytes a thread), "async_copies" (16 bytes a
+    thread from global to shared memory, past the registers).
+    """
 
     def covers(self, capability: int) -> bool:
         """Return whether the case is compiled for a capability."""

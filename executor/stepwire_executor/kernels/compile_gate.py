@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ _PATTERNS = {
         r"ld\.global\S*\.v(4\.[bfu]32|8\.[bfu]32|2\.[bfu]64)|cp\.async\.c[ag]\S*[^;]*, (0x10|16)\b"
         r"|cp\.async\.bulk"
     ),
+    "async_copies": re.compile(r"cp\.async\.cg\S*[^;]*, (0x10|16)\b|cp\.async\.bulk"),
 }
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 
@@ -151,6 +154,7 @@ def run(capabilities: Sequence[int], *, name_contains: str = "", num_processes: 
     if not jobs:
         _say(f"no case's name holds {name_contains!r}")
         return 1
+    began = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
         reports = list(pool.map(_compile, *zip(*jobs, strict=True)))
@@ -162,9 +166,15 @@ def run(capabilities: Sequence[int], *, name_contains: str = "", num_processes: 
             f"{report.shared_bytes:>12}  {'; '.join(report.problems) or 'ok'}"
         )
     failed = [report for report in reports if report.problems]
-    _say(f"{len(reports) - len(failed)} of {len(reports)} compilations passed")
     for report in failed:
         _say(f"failed: {report.name} for sm_{report.capability}")
+    _say(
+        f"{len(reports) - len(failed)} of {len(reports)} compilations passed in "
+        f"{time.monotonic() - began:.0f} s with triton {importlib.metadata.version('triton')}; at "
+        f"most {max(report.num_registers for report in reports)} registers, "
+        f"{max(report.shared_bytes for report in reports)} bytes of shared memory, "
+        f"{max(report.local_bytes for report in reports)} bytes spilled"
+    )
     return 1 if failed else 0
 
 

@@ -6,20 +6,26 @@ import functools
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from stepwire_executor.batch import StepBatch
+from stepwire_executor.kernels.launch import (
+    COMPUTE_DTYPES,
+    TRITON_TYPES,
+    capability,
+    ceil_div,
+    next_power_of_two,
+)
 from stepwire_executor.kernels.native.pages import check_pages
 from stepwire_executor.kernels.paged_attention.triton_cases import COMPILE_CASES
 from stepwire_executor.kernels.paged_attention.triton_combine import combine_splits_kernel
 from stepwire_executor.kernels.paged_attention.triton_config import (
-    COMBINE_WARPS,
+    COMBINE_STAGES,
     MAX_DECODE_QUERY,
-    SPLIT_TOKENS,
     choose_config,
     choose_dot_dtype,
+    choose_split_tokens,
 )
 from stepwire_executor.kernels.paged_attention.triton_decode import decode_attention_kernel
 from stepwire_executor.kernels.paged_attention.triton_prefill import prefill_attention_kernel
@@ -27,13 +33,6 @@ from stepwire_executor.kernels.paged_attention.triton_tile import VALUE_GAIN
 from stepwire_executor.kv_cache import FP8_DTYPE, KVPages
 
 __all__ = ["COMPILE_CASES", "paged_attention"]
-
-QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 def paged_attention(
@@ -54,34 +53,42 @@ def paged_attention(
     the launch of a kernel without work. Block ids that a length needs must be in range: the
     device cannot raise.
 
-    Uses float32 scratch of num_rows * num_heads * num_splits * (head_dim + 2) elements, with at
-    most MAX_DECODE_QUERY rows a sequence and as many splits as the block table is wide.
+    A row's bits depend on the width of the block table, by which `choose_split_tokens` goes: steps
+    whose rows are to agree need tables of one width. Uses float32 scratch of num_rows * num_heads
+    * num_splits * (head_dim + 2) elements, with at most MAX_DECODE_QUERY rows a sequence and as
+    many splits as cover the table, MAX_SPLITS at most.
     Raises ValueError for dtypes, shapes or layouts that the kernels do not take.
     """
-    _check(query, pages, batch, sliding_window, softcap)
+    _check(query, pages, batch, scale, sliding_window, softcap)
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = pages.key.shape[1]
     num_seqs = batch.seq_lens.shape[0]
-    # Rows past the last sequence's, which pad a batch, are zero.
-    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     if num_tokens == 0 or num_seqs == 0:
-        return out
+        return torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    # The kernels write every row: the decode kernel also zeros, where rows pad a batch.
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.stride(2) != 1:
         query = query.contiguous()
     longest = num_tokens if max_query_len is None else min(max_query_len, num_tokens)
-    dot_dtype = choose_dot_dtype(query.dtype, pages.key.dtype)
-    capability, num_multiprocessors = _device_limits(query.device)
-    config = choose_config(capability, head_dim=head_dim, dot_dtype=dot_dtype)
+    dot_dtype = choose_dot_dtype(query.dtype, pages.key.dtype, head_dim=head_dim)
+    config = choose_config(
+        capability(query.device),
+        head_dim=head_dim,
+        dot_dtype=dot_dtype,
+        page_dtype=pages.key.dtype,
+    )
+    max_context = max(1, batch.block_table.shape[1]) * pages.block_size
+    split_tokens = choose_split_tokens(max_context)
     window = sliding_window or 0
     shared = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": num_heads // num_kv_heads,
         "BLOCK_SIZE": pages.block_size,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_SEQS": triton.next_power_of_2(num_seqs),
-        "SPLIT_TOKENS": SPLIT_TOKENS,
-        "DOT_DTYPE": TRITON_DTYPES[dot_dtype],
+        "BLOCK_D": max(16, next_power_of_two(head_dim)),
+        "BLOCK_SEQS": next_power_of_two(num_seqs),
+        "SPLIT_TOKENS": split_tokens,
+        "DOT_DTYPE": tl.dtype(TRITON_TYPES[dot_dtype]),
         "IS_SCALED": pages.key_scale is not None,
         "RESCALES_QUERY": query.dtype == torch.bfloat16 and dot_dtype == torch.float16,
         "HAS_SOFTCAP": softcap is not None,
@@ -110,19 +117,21 @@ def paged_attention(
         value_factor,
     )
 
-    max_splits = -(-batch.block_table.shape[1] * pages.block_size // SPLIT_TOKENS)
+    max_splits = ceil_div(max_context, split_tokens)
     if sliding_window is not None:
-        max_splits = min(max_splits, (window + MAX_DECODE_QUERY) // SPLIT_TOKENS + 2)
+        max_splits = min(max_splits, (window + MAX_DECODE_QUERY) // split_tokens + 2)
     num_rows = min(num_tokens, num_seqs * min(MAX_DECODE_QUERY, longest))
     split_weighted = query.new_empty(
         (num_rows, num_heads, max_splits, head_dim), dtype=torch.float32
     )
     split_state = query.new_empty((num_rows, num_heads, max_splits, 2), dtype=torch.float32)
     tile = config.decode
-    row_blocks = -(-min(MAX_DECODE_QUERY, longest) * (num_heads // num_kv_heads) // tile.block_m)
+    row_blocks = ceil_div(
+        min(MAX_DECODE_QUERY, longest) * (num_heads // num_kv_heads), tile.block_m
+    )
     num_programs = min(
         num_seqs * row_blocks * max_splits * num_kv_heads,
-        num_multiprocessors * config.decode_programs_per_multiprocessor,
+        _num_multiprocessors(query.device) * config.decode_programs_per_multiprocessor,
     )
     decode_attention_kernel[(num_programs,)](
         query,
@@ -131,6 +140,7 @@ def paged_attention(
         split_state,
         *context,
         max_splits,
+        num_tokens,
         *scalars,
         **shared,
         BLOCK_M=tile.block_m,
@@ -154,10 +164,11 @@ def paged_attention(
             HEAD_DIM=head_dim,
             BLOCK_D=shared["BLOCK_D"],
             BLOCK_SEQS=shared["BLOCK_SEQS"],
-            SPLIT_TOKENS=SPLIT_TOKENS,
+            SPLIT_TOKENS=split_tokens,
             MAX_QUERY=MAX_DECODE_QUERY,
+            STAGES=COMBINE_STAGES,
             HAS_WINDOW=shared["HAS_WINDOW"],
-            num_warps=COMBINE_WARPS,
+            num_warps=1,
         )
     if longest > MAX_DECODE_QUERY:
         tile = config.prefill
@@ -181,19 +192,17 @@ def paged_attention(
 
 
 @functools.cache
-def _device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Return a device's compute capability and number of multiprocessors."""
+def _num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        # Interpreted: one program after the other.
-        return (0, 0), 1
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+        return 1  # interpreted: one program after the other
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(
     query: Tensor,
     pages: KVPages,
     batch: StepBatch,
+    scale: float,
     sliding_window: int | None,
     softcap: float | None,
 ) -> None:
@@ -201,9 +210,9 @@ def _check(
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = pages.key.shape[1]
     num_seqs = batch.seq_lens.shape[0]
-    if query.dtype not in QUERY_DTYPES:
+    if query.dtype not in COMPUTE_DTYPES:
         raise ValueError(f"query must be float32, bfloat16 or float16, not {query.dtype}")
-    if pages.key.dtype not in (*QUERY_DTYPES, FP8_DTYPE) or pages.value.dtype != pages.key.dtype:
+    if pages.key.dtype not in (*COMPUTE_DTYPES, FP8_DTYPE) or pages.value.dtype != pages.key.dtype:
         raise ValueError(
             f"pages of {pages.key.dtype} keys and {pages.value.dtype} values are not supported"
         )
@@ -212,6 +221,8 @@ def _check(
     if pages.key.shape[3] != head_dim or pages.value.shape != pages.key.shape:
         raise ValueError(f"pages of shape {tuple(pages.key.shape)} do not hold {head_dim} elements")
     check_pages(pages, head_dim)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
     if softcap is not None and not softcap > 0:

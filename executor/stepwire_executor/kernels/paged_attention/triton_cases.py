@@ -8,15 +8,18 @@ import torch
 import triton.language as tl
 
 from stepwire_executor.kernels.compile_case import CompileCase
+from stepwire_executor.kernels.launch import TRITON_TYPES
 from stepwire_executor.kernels.paged_attention.triton_combine import combine_splits_kernel
 from stepwire_executor.kernels.paged_attention.triton_config import (
-    COMBINE_WARPS,
+    COMBINE_STAGES,
     MAX_DECODE_QUERY,
-    SPLIT_TOKENS,
     choose_config,
+    choose_dot_dtype,
+    choose_split_tokens,
 )
 from stepwire_executor.kernels.paged_attention.triton_decode import decode_attention_kernel
 from stepwire_executor.kernels.paged_attention.triton_prefill import prefill_attention_kernel
+from stepwire_executor.kv_cache import FP8_DTYPE
 
 _LENGTHS = {
     "cu_seqlens_q_ptr": "*i32",
@@ -34,6 +37,7 @@ _SCALARS = {
     "value_factor": "fp32",
 }
 _SPLITS = {"split_weighted_ptr": "*fp32", "split_state_ptr": "*fp32", "max_splits": "i32"}
+_SPLIT_TOKENS = choose_split_tokens(131_072)
 
 
 def _attention_cases(
@@ -48,7 +52,11 @@ def _attention_cases(
     """Both kernels, of 8 KV heads and groups of 4, with bfloat16 queries."""
     is_fp8 = page == "fp8e4nv"
     has_scales = is_fp8 and not is_static
-    config = choose_config(divmod(capability, 10), head_dim=head_dim, dot_dtype=torch.float16)
+    page_dtype = FP8_DTYPE if is_fp8 else torch.bfloat16
+    dot_dtype = choose_dot_dtype(torch.bfloat16, page_dtype, head_dim=head_dim)
+    config = choose_config(
+        capability, head_dim=head_dim, dot_dtype=dot_dtype, page_dtype=page_dtype
+    )
     signature = {
         "query_ptr": "*bf16",
         "out_ptr": "*bf16",
@@ -65,10 +73,10 @@ def _attention_cases(
         "HEAD_DIM": head_dim,
         "BLOCK_D": head_dim,
         "BLOCK_SEQS": 64,
-        "SPLIT_TOKENS": SPLIT_TOKENS,
-        "DOT_DTYPE": tl.float16 if is_fp8 else tl.bfloat16,
+        "SPLIT_TOKENS": _SPLIT_TOKENS,
+        "DOT_DTYPE": tl.dtype(TRITON_TYPES[dot_dtype]),
         "IS_SCALED": has_scales,
-        "RESCALES_QUERY": is_fp8,
+        "RESCALES_QUERY": dot_dtype == torch.float16,
         "HAS_SOFTCAP": has_window,
         "HAS_WINDOW": has_window,
         **({} if has_scales else {"key_scale_ptr": None, "value_scale_ptr": None}),
@@ -86,7 +94,7 @@ def _attention_cases(
             min_capability=capability,
             max_capability=capability,
             divisible_by_16=frozenset({"query_token_stride", "query_head_stride"}),
-            expect=frozenset({"wgmma", "vector_loads"} if capability == 90 else {"vector_loads"}),
+            expect=frozenset({"wgmma", "async_copies"} if capability == 90 else {"async_copies"}),
         )
         for name, kernel, tile, extra, extra_signature in (
             (
@@ -94,7 +102,7 @@ def _attention_cases(
                 decode_attention_kernel,
                 config.decode,
                 {"MAX_QUERY": MAX_DECODE_QUERY},
-                _SPLITS,
+                {**_SPLITS, "num_tokens": "i32"},
             ),
             (
                 "prefill_attention",
@@ -125,24 +133,33 @@ def _combine_case(head_dim: int) -> CompileCase:
             "HEAD_DIM": head_dim,
             "BLOCK_D": head_dim,
             "BLOCK_SEQS": 64,
-            "SPLIT_TOKENS": SPLIT_TOKENS,
+            "SPLIT_TOKENS": _SPLIT_TOKENS,
             "MAX_QUERY": MAX_DECODE_QUERY,
+            "STAGES": COMBINE_STAGES,
             "HAS_WINDOW": False,
         },
-        num_warps=COMBINE_WARPS,
+        num_warps=1,
         num_stages=2,
+        expect=frozenset({"async_copies"} if head_dim == 128 else ()),
     )
 
 
+_PAGES = ((16, False), (64, False), (64, True))
+"""Tokens a page, the fewest and the default of a GPU, and whether with a window and a softcap."""
+
 COMPILE_CASES: tuple[CompileCase, ...] = (
     *itertools.chain.from_iterable(
-        _attention_cases(capability, head_dim, page, block_size, has_window)
-        for capability in (80, 90, 100)
-        for head_dim in (64, 128)
+        _attention_cases(90, head_dim, page, block_size, has_window)
+        for head_dim in (64, 128, 256)
         for page in ("bf16", "fp8e4nv")
-        for block_size, has_window in ((16, False), (64, False), (64, True))
+        for block_size, has_window in _PAGES
+    ),
+    *itertools.chain.from_iterable(
+        _attention_cases(capability, head_dim, page, block_size, has_window)
         # sm_80 has no e4m3.
-        if not (page == "fp8e4nv" and capability < 89)
+        for capability, page in ((80, "bf16"), (100, "bf16"), (100, "fp8e4nv"))
+        for head_dim in (64, 128)
+        for block_size, has_window in (_PAGES[0], _PAGES[2])
     ),
     *itertools.chain.from_iterable(
         _attention_cases(capability, 128, "fp8e4nv", 64, has_window=False, is_static=True)

@@ -12,7 +12,8 @@ from stepwire_executor.kernels.paged_attention.triton_decode import (
 from stepwire_executor.kernels.paged_attention.triton_tile import finish_rows, join_splits
 
 
-@triton.jit
+# Sizes that change from step to step must not each be compiled for.
+@triton.jit(do_not_specialize=["num_seqs", "max_splits", "window"])
 def combine_splits_kernel(
     out_ptr,
     split_weighted_ptr,
@@ -29,6 +30,7 @@ def combine_splits_kernel(
     BLOCK_SEQS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     MAX_QUERY: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """Write out's row of one decoded token and head: program (row, head).
@@ -59,7 +61,7 @@ def combine_splits_kernel(
     weighted = tl.zeros([1, BLOCK_D], tl.float32)
     base = (row.to(tl.int64) * NUM_HEADS + head) * max_splits
     lane = tl.arange(0, 1)
-    for split in range(num_splits):
+    for split in tl.range(0, num_splits, num_stages=STAGES):
         place = base + split + lane
         split_weighted = tl.load(
             split_weighted_ptr + place[:, None] * HEAD_DIM + dims[None, :], mask=is_used, other=0.0

@@ -43,10 +43,12 @@ def load_decode_lengths(
 def find_splits(query_len, seq_len, window, HAS_WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr):
     """First split that a sequence's queries see, and the number of splits from there on."""
     first = first_key(seq_len - query_len, window, HAS_WINDOW) // SPLIT_TOKENS
-    return first, (seq_len + SPLIT_TOKENS - 1) // SPLIT_TOKENS - first
+    # One at least, so that even a row without context is written.
+    return first, tl.maximum((seq_len + SPLIT_TOKENS - 1) // SPLIT_TOKENS - first, 1)
 
 
-@triton.jit
+# Sizes that change from step to step must not each be compiled for.
+@triton.jit(do_not_specialize=["table_stride", "num_seqs", "max_splits", "num_tokens", "window"])
 def decode_attention_kernel(
     query_ptr,
     out_ptr,
@@ -62,6 +64,7 @@ def decode_attention_kernel(
     table_stride,
     num_seqs,
     max_splits,
+    num_tokens,
     query_token_stride,
     query_head_stride,
     score_scale,
@@ -89,7 +92,7 @@ def decode_attention_kernel(
     A sequence of one split is written to out; others leave unnormalised rows in
     split_weighted, [num_rows, num_heads, max_splits, HEAD_DIM] float32, and (maximum, total) in
     split_state, [num_rows, num_heads, max_splits, 2] float32, where rows count the query tokens
-    of these sequences.
+    of these sequences. Rows past the last sequence's, up to num_tokens, become zero.
     """
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -214,3 +217,10 @@ def decode_attention_kernel(
             )
             tl.store(split_state_ptr + rows * 2, maximum, mask=is_used)
             tl.store(split_state_ptr + rows * 2 + 1, total, mask=is_used)
+
+    num_rows = tl.load(cu_seqlens_q_ptr + num_seqs)
+    zeros = tl.zeros([BLOCK_D], tl.float32).to(out_ptr.dtype.element_ty)
+    for row in range(num_rows + tl.program_id(0), num_tokens, tl.num_programs(0)):
+        for head in range(NUM_HEADS):
+            start = (tl.cast(row, tl.int64) * NUM_HEADS + head) * HEAD_DIM
+            tl.store(out_ptr + start + dims, zeros, mask=dims < HEAD_DIM)

@@ -24,7 +24,8 @@ from stepwire_executor.kernels.paged_attention.triton_tile import (
 )
 
 
-@triton.jit
+# Sizes that change from step to step must not each be compiled for.
+@triton.jit(do_not_specialize=["table_stride", "num_seqs", "window"])
 def prefill_attention_kernel(
     query_ptr,
     out_ptr,
@@ -78,7 +79,6 @@ def prefill_attention_kernel(
     seq = tl.sum((tl.cumsum(work, axis=0) <= place).to(tl.int32), axis=0)
     row_block = place - tl.sum(tl.where(seqs < seq, work, 0), axis=0)
     query_start = tl.load(cu_seqlens_q_ptr + seq)
-    first_row = query_start
     query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - query_start
     seq_len = tl.load(seq_lens_ptr + seq)
     table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
@@ -184,9 +184,11 @@ def prefill_attention_kernel(
         all_maximum, all_total, all_weighted, maximum, total, weighted
     )
     # Read again, so that the compiler computes the rows' addresses here: it would else hold them
-    # in registers throughout the loop, which has none to spare.
-    query_start = tl.load(cu_seqlens_q_ptr + seq, volatile=True)
-    packed = row_block * BLOCK_M + (query_start - first_row) + tl.arange(0, BLOCK_M)
+    # in registers throughout the loop, which has none to spare. The first entry is always 0.
+    zero = tl.load(cu_seqlens_q_ptr, volatile=True)
+    query_start = tl.load(cu_seqlens_q_ptr + seq + zero)
+    query_len = tl.load(cu_seqlens_q_ptr + seq + zero + 1) - query_start
+    packed = row_block * BLOCK_M + zero + tl.arange(0, BLOCK_M)
     tokens = packed // GROUP
     heads = kv_head * GROUP + packed % GROUP
     is_used = tokens < query_len

@@ -69,14 +69,12 @@ def load_query(
 
 
 @triton.jit
-def load_blocks(
-    table_ptr, start, seq_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def load_blocks(table_ptr, start, seq_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Block ids of the tile at start, int32: one where a page holds whole tiles, or [BLOCK_N].
 
     Past the sequence's end they repeat its last block, which is always there to be read.
     """
-    last = (seq_len - 1) // BLOCK_SIZE
+    last = tl.maximum(seq_len - 1, 0) // BLOCK_SIZE
     if BLOCK_SIZE % BLOCK_N == 0:
         place = tl.minimum(start // BLOCK_SIZE, last)
     else:
