@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: the shapes of Llama-3.1-8B and of models with small heads."""
+"""What is compiled ahead of time: heads as of Llama-3.1-8B and Qwen2.5-7B, also of other sizes."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def _attention_cases(
     has_window: bool,
     *,
     is_static: bool = False,
+    heads: tuple[int, int] = (32, 8),
 ) -> list[CompileCase]:
-    """Both kernels, of 8 KV heads and groups of 4, with bfloat16 queries."""
+    """Both kernels, for bfloat16 queries; heads: of queries, and of keys and values."""
     is_fp8 = page == "fp8e4nv"
     has_scales = is_fp8 and not is_static
     page_dtype = FP8_DTYPE if is_fp8 else torch.bfloat16
@@ -67,8 +68,8 @@ def _attention_cases(
         **_SCALARS,
     }
     constexprs = {
-        "NUM_KV_HEADS": 8,
-        "GROUP": 4,
+        "NUM_KV_HEADS": heads[1],
+        "GROUP": heads[0] // heads[1],
         "BLOCK_SIZE": block_size,
         "HEAD_DIM": head_dim,
         "BLOCK_D": head_dim,
@@ -83,6 +84,7 @@ def _attention_cases(
     }
     suffix = f"{page}_d{head_dim}_page{block_size}{'_window' if has_window else ''}"
     suffix += "_static" if is_static else ""
+    suffix += f"_group{heads[0] // heads[1]}" if heads != (32, 8) else ""
     return [
         CompileCase(
             name=f"{name}_{suffix}",
@@ -164,6 +166,10 @@ COMPILE_CASES: tuple[CompileCase, ...] = (
     *itertools.chain.from_iterable(
         _attention_cases(capability, 128, "fp8e4nv", 64, has_window=False, is_static=True)
         for capability in (90, 100)
+    ),
+    *itertools.chain.from_iterable(
+        _attention_cases(90, 128, page, 64, has_window=False, heads=(28, 4))
+        for page in ("bf16", "fp8e4nv")
     ),
     _combine_case(64),
     _combine_case(128),

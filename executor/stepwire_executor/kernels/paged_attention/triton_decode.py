@@ -21,6 +21,7 @@ from stepwire_executor.kernels.paged_attention.triton_tile import (
     load_blocks,
     load_query,
     score_tile,
+    unpack_rows,
     weigh_scores,
 )
 
@@ -119,9 +120,8 @@ def decode_attention_kernel(
         first_split, seq_splits = find_splits(query_len, seq_len, window, HAS_WINDOW, SPLIT_TOKENS)
         split = place % seq_splits
 
-        packed = (place // seq_splits) * BLOCK_M + tl.arange(0, BLOCK_M)
-        tokens = packed // GROUP
-        heads = kv_head * GROUP + packed % GROUP
+        first_row = (place // seq_splits) * BLOCK_M
+        tokens, heads = unpack_rows(first_row, kv_head, GROUP, BLOCK_M)
         is_used = tokens < query_len
         last = seq_len - query_len + tokens
         query, query_scale = load_query(
@@ -198,6 +198,10 @@ def decode_attention_kernel(
             )
             blocks = next_blocks
 
+        # As in prefill, for the same reason: a zero that the compiler does not know to be one.
+        zero = tl.load(cu_seqlens_q_ptr, volatile=True)
+        tokens, heads = unpack_rows(first_row + zero, kv_head, GROUP, BLOCK_M)
+        is_used = tokens < query_len
         is_stored = is_used[:, None] & (dims < HEAD_DIM)[None, :]
         if seq_splits == 1:
             rows = ((query_start + tokens).to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM

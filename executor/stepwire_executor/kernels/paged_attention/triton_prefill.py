@@ -20,6 +20,7 @@ from stepwire_executor.kernels.paged_attention.triton_tile import (
     load_blocks,
     load_query,
     score_tile,
+    unpack_rows,
     weigh_scores,
 )
 
@@ -83,9 +84,7 @@ def prefill_attention_kernel(
     seq_len = tl.load(seq_lens_ptr + seq)
     table_ptr = block_table_ptr + seq.to(tl.int64) * table_stride
 
-    packed = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    tokens = packed // GROUP
-    heads = kv_head * GROUP + packed % GROUP
+    tokens, heads = unpack_rows(row_block * BLOCK_M, kv_head, GROUP, BLOCK_M)
     is_used = tokens < query_len
     before = seq_len - query_len
     last = before + tokens
@@ -188,11 +187,8 @@ def prefill_attention_kernel(
     zero = tl.load(cu_seqlens_q_ptr, volatile=True)
     query_start = tl.load(cu_seqlens_q_ptr + seq + zero)
     query_len = tl.load(cu_seqlens_q_ptr + seq + zero + 1) - query_start
-    packed = row_block * BLOCK_M + zero + tl.arange(0, BLOCK_M)
-    tokens = packed // GROUP
-    heads = kv_head * GROUP + packed % GROUP
+    tokens, heads = unpack_rows(row_block * BLOCK_M + zero, kv_head, GROUP, BLOCK_M)
     is_used = tokens < query_len
-    dims = tl.arange(0, BLOCK_D)
     rows = ((query_start + tokens).to(tl.int64) * NUM_HEADS + heads) * HEAD_DIM
     result = finish_rows(all_total, all_weighted, value_factor)
     tl.store(

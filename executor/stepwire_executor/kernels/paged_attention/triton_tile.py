@@ -25,6 +25,13 @@ def count_rows(length, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def unpack_rows(first, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Query token, within its sequence, and head of packed rows first to first + BLOCK_M."""
+    packed = first + tl.arange(0, BLOCK_M)
+    return packed // GROUP, kv_head * GROUP + packed % GROUP
+
+
+@triton.jit
 def first_key(first_position, window, HAS_WINDOW: tl.constexpr):
     """First position that a query at first_position sees."""
     if HAS_WINDOW:
@@ -91,9 +98,9 @@ def find_slots(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Where a tile's tokens are, counted in vectors of HEAD_DIM: int64 base, int32 [BLOCK_N].
+    """Where a tile's tokens are, counted in vectors of HEAD_DIM: int64 base and [BLOCK_N] offsets.
 
-    64-bit arithmetic is kept to the base, which is one number where a page holds whole tiles.
+    Where a page holds whole tiles, the base is one number and the offsets are always the same.
     """
     offsets = tl.arange(0, BLOCK_N)
     base = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
