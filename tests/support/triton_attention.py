@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels.paged_attention.triton import paged_attention
 from stepwire_executor.kv_cache import KVPages
@@ -20,6 +22,7 @@ def attend(
     max_query_len: int | None = None,
 ) -> Tensor:
     """Run the kernels where they are tested."""
+    batch = replace(batch, max_query_len=max_query_len)
     return paged_attention(
         query.to(DEVICE),
         on_device(pages),
@@ -27,5 +30,4 @@ def attend(
         scale=scale,
         sliding_window=window,
         softcap=softcap,
-        max_query_len=max_query_len,
     ).cpu()

@@ -43,15 +43,13 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    max_query_len: int | None = None,
 ) -> Tensor:
     """Attend each query causally to its sequence's pages; see `interface.PagedAttention`.
 
     Sequences of up to MAX_DECODE_QUERY query tokens go to the decode kernel, longer ones to the
     prefill kernel; lengths stay on the device, and every launch is fixed by the shapes of the
-    arguments. max_query_len, a bound on the sequences' query tokens that the caller knows, saves
-    the launch of a kernel without work. Block ids that a length needs must be in range: the
-    device cannot raise.
+    arguments. batch.max_query_len saves the launch of a kernel without work. Block ids that a
+    length needs must be in range: the device cannot raise.
 
     A row's bits depend on the width of the block table, by which `choose_split_tokens` goes: steps
     whose rows are to agree need tables of one width. Uses float32 scratch of num_rows * num_heads
@@ -69,7 +67,7 @@ def paged_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.stride(2) != 1:
         query = query.contiguous()
-    longest = num_tokens if max_query_len is None else min(max_query_len, num_tokens)
+    longest = min(num_tokens, batch.max_query_len or num_tokens)
     dot_dtype = choose_dot_dtype(query.dtype, pages.key.dtype, head_dim=head_dim)
     config = choose_config(
         capability(query.device),
