@@ -1,0 +1,291 @@
+"""Llama-3.1-8B's shapes through the real scheduler, executor and client, random weights.
+
+The executor is started through `traced_executor`, which costs two events a step and shows the
+gaps between its CUDA graphs. No network and no checkpoint are needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.common import percentile, spread
+from benchmarks.gpu import ceilings
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.model_directory import LLAMA_31_8B, TINY, write_model
+from benchmarks.gpu.replay_gaps import Gaps, gaps_between, read_trace
+from benchmarks.gpu.report import Outcome, Row, skipped
+
+if TYPE_CHECKING:
+    from stepwire_client.benchmark.load import RequestRecord
+    from stepwire_client.events import ModelInfo
+
+NEEDED_PACKAGES = (
+    *("structlog", "tokenizers", "jinja2", "prometheus_client"),
+    *("grpc_health", "google.rpc", "safetensors"),
+)
+"""Of the processes that are started, beside torch, triton, numpy, grpcio and protobuf."""
+_READY_TIMEOUT_S = 240.0
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """So many equal requests at once."""
+
+    num_requests: int
+    prompt_len: int
+    output_len: int
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Decode steps while every request of a load was decoding."""
+
+    step_ms: float
+    context: float
+    """Mean tokens of a sequence meanwhile."""
+    window: tuple[float, float]
+    """time.time() at the begin and end."""
+
+
+def missing_packages() -> list[str]:
+    """What the processes need and this interpreter lacks."""
+
+    def is_there(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            return False
+
+    return [name for name in NEEDED_PACKAGES if not is_there(name)]
+
+
+def bytes_read_a_step(
+    config: Mapping[str, Any], *, num_sequences: int, context: float, item_bytes: int
+) -> float:
+    """Bytes that a decode step must read: every weight but the embedding table, and the KV."""
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    layer = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    layer += 3 * hidden * config["intermediate_size"] + 2 * hidden
+    num_layers = config["num_hidden_layers"]
+    weights = num_layers * layer + config["vocab_size"] * hidden + hidden
+    kv = num_sequences * context * num_layers * 2 * kv_heads * head_dim
+    return float(item_bytes * (weights + kv))
+
+
+def decode_steps(records: Sequence[RequestRecord]) -> Steps:
+    """From the moment the last request had its first token to the first request's end.
+
+    Raises ValueError where they never all decoded together.
+    """
+    begin = max(record.token_times[0] for record in records)
+    end = min(record.token_times[-1] for record in records)
+    before = [sum(t <= begin for t in record.token_times) for record in records]
+    inside = [sum(begin < t <= end for t in record.token_times) for record in records]
+    num_steps = sum(inside) / len(records)
+    if num_steps < 1:
+        raise ValueError("the requests never decoded all together: outputs are too short")
+    lengths = [
+        record.num_prompt_tokens + first + more / 2
+        for record, first, more in zip(records, before, inside, strict=True)
+    ]
+    offset = time.time() - time.perf_counter()  # records are on perf_counter's clock
+    return Steps(
+        step_ms=1e3 * (end - begin) / num_steps,
+        context=sum(lengths) / len(lengths),
+        window=(begin + offset, end + offset),
+    )
+
+
+@contextlib.contextmanager
+def cluster(
+    bench: Bench, directory: Path, trace: Path, *flags: str
+) -> Iterator[tuple[str, ModelInfo]]:
+    """Start the processes and wait for the model; yields the scheduler's address."""
+    from stepwire_client.cluster_config import ClusterConfig
+
+    from benchmarks.cluster import LocalCluster
+
+    traced = (sys.executable, "-m", "benchmarks.gpu.traced_executor", str(trace))
+    device_flags = bench.pick(("--device", "cuda"), ())
+    config = ClusterConfig(
+        model=directory,
+        served_model_name="random-weights",
+        dtype=bench.pick("bfloat16", "float32"),
+        kernels=bench.pick("auto", "reference"),
+        load_format="dummy",
+        max_num_seqs=64,
+        max_num_batched_tokens=bench.pick(8_192, 64),
+        max_model_len=bench.pick(4_096, 128),
+        start_timeout_s=120.0,
+        executor_command=(*traced, *device_flags, *flags),
+    )
+    with LocalCluster(config) as started:
+        timeout_s = min(_READY_TIMEOUT_S, max(1.0, bench.remaining_s()))
+        yield started.address, started.wait_until_ready(timeout_s)
+
+
+def run_load(address: str, model: ModelInfo, load: Load, *, seed: int) -> list[Steps]:
+    """Send a load so many times; the first time is not counted, and warms up."""
+    from stepwire_client.aio import AsyncClient
+    from stepwire_client.benchmark.workload import random_workload
+
+    from benchmarks.cluster import generate_all
+
+    async def send() -> list[Steps]:
+        measured: list[Steps] = []
+        async with AsyncClient(address) as client:
+            for number in range(load.rounds + 1):
+                items = random_workload(
+                    num_prompts=load.num_requests,
+                    input_len=load.prompt_len,
+                    output_len=load.output_len,
+                    vocab_size=model.vocab_size,
+                    excluded_token_ids=model.eos_token_ids,
+                    seed=f"{seed} {number}",
+                )
+                records, _ = await generate_all(client, items)
+                if number:
+                    measured.append(decode_steps(records))
+        return measured
+
+    return asyncio.run(send())
+
+
+def measure(bench: Bench) -> Outcome:
+    """Batch 1 and 64 with graphs, batch 1 without, the gaps between steps, and memory."""
+    if missing := missing_packages():
+        return skipped("end to end", f"skipped: needs {', '.join(missing)}")
+    outcome = Outcome()
+    copy_rate = bench.ceilings.get("copy_bytes_per_s")
+    if copy_rate is None:
+        copy_rate = ceilings.measure(bench).figures["copy_bytes_per_s"]
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+    config = bench.pick(LLAMA_31_8B, TINY)
+    single = bench.pick(
+        Load(num_requests=1, prompt_len=32, output_len=200, rounds=3),
+        Load(num_requests=1, prompt_len=8, output_len=6, rounds=1),
+    )
+    many = bench.pick(
+        Load(num_requests=64, prompt_len=1_024, output_len=160, rounds=1),
+        Load(num_requests=4, prompt_len=8, output_len=24, rounds=1),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = write_model(Path(scratch), config)
+        trace = directory / "replays.jsonl"
+        started = time.monotonic()
+        with cluster(bench, directory, trace) as (address, model):
+            start_s = time.monotonic() - started
+            _report_memory(bench, model, outcome)
+            for key, load in (("end_to_end_batch_1", single), ("end_to_end_batch_64", many)):
+                steps = run_load(address, model, load, seed=bench.seed)
+                time.sleep(1.0)  # the trace is written a little later
+                gaps = gaps_between(read_trace(trace), [of.window for of in steps])
+                _add_load(outcome, key, load, steps, gaps, config, copy_rate, bench)
+        if bench.remaining_s() < 1.5 * start_s:
+            outcome.notes.append("graph against eager: left out, the time is spent")
+            return outcome
+        eager_flags = bench.pick(("--enforce-eager",), ())
+        eager_trace = directory / "eager.jsonl"
+        with cluster(bench, directory, eager_trace, *eager_flags) as (address, model):
+            steps = run_load(address, model, single, seed=bench.seed)
+        eager_ms = percentile([of.step_ms for of in steps], 50)
+        graph_ms = outcome.figures["end_to_end_batch_1"]["step_ms"]["median"]
+        outcome.figures["eager"] = {"step_ms": spread([of.step_ms for of in steps])}
+        outcome.rows.append(
+            Row.of_target(
+                "graph_against_eager",
+                eager_ms / graph_ms,
+                denominator=f"eager {eager_ms:.2f} ms, graph {graph_ms:.2f} ms",
+            )
+        )
+    return outcome
+
+
+def _add_load(
+    outcome: Outcome,
+    key: str,
+    load: Load,
+    steps: Sequence[Steps],
+    gaps: Gaps | None,
+    config: Mapping[str, Any],
+    copy_rate: float,
+    bench: Bench,
+) -> None:
+    step_ms = percentile([of.step_ms for of in steps], 50)
+    context = percentile([of.context for of in steps], 50)
+    num_bytes = bytes_read_a_step(
+        config,
+        num_sequences=load.num_requests,
+        # At batch 1 the bound is the weights alone, as the target says.
+        context=0.0 if load.num_requests == 1 else context,
+        item_bytes=bench.pick(2, 4),
+    )
+    percent = 100 * (num_bytes / copy_rate) / (step_ms / 1e3)
+    outcome.figures[key] = {
+        "step_ms": spread([of.step_ms for of in steps]),
+        "mean_context": context,
+        "bytes_a_step": num_bytes,
+        "percent": percent,
+    }
+    outcome.rows.append(
+        Row.of_target(
+            key, percent, denominator=f"{num_bytes / 1e9:.2f} GB by copy; step {step_ms:.2f} ms"
+        )
+    )
+    if gaps is None:
+        outcome.notes.append(f"host gap at batch {load.num_requests}: no graph was replayed")
+        return
+    outcome.figures[key]["gaps"] = {
+        "num_replays": gaps.num_replays,
+        "median_gap_ms": gaps.median_gap_ms,
+        "median_graph_ms": gaps.median_device_ms,
+        "percent_of_step": gaps.percent_of_step,
+    }
+    denominator = f"between graphs: {1e3 * gaps.median_gap_ms:.0f} µs"
+    if load.num_requests == 1:
+        outcome.rows.append(
+            Row.of_target("host_gap", gaps.percent_of_step, denominator=denominator)
+        )
+        return
+    outcome.rows.append(
+        Row.of_report(
+            f"host gap between steps at batch {load.num_requests}",
+            f"{gaps.percent_of_step:.1f}% of the step",
+            denominator=denominator,
+        )
+    )
+
+
+def _report_memory(bench: Bench, model: ModelInfo, outcome: Outcome) -> None:
+    figures: dict[str, Any] = {
+        "weight_bytes": model.weight_bytes,
+        "kv_cache_bytes": model.kv_cache_bytes,
+    }
+    in_use = "not counted on a CPU"
+    if bench.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(bench.device)
+        figures |= {"device_bytes_in_use": total - free, "device_bytes": total}
+        in_use = f"{(total - free) / _GIB:.1f} of {total / _GIB:.1f} GiB in use"
+    outcome.figures["memory"] = figures
+    outcome.rows.append(
+        Row.of_report(
+            "device memory with the model ready",
+            f"{in_use}: weights {model.weight_bytes / _GIB:.1f}, KV pool "
+            f"{model.kv_cache_bytes / _GIB:.1f} GiB",
+        )
+    )
