@@ -44,7 +44,7 @@ def _prefill(bench: Bench, case: AttentionCase, context: int, num_queries: int) 
     batch = sequences.batch([(0, context - num_queries, context)])
     query = bench.randn(num_queries, case.num_heads, case.head_dim, dtype=case.dtype)
     pages = sequences.pages
-    return lambda: attend(query, pages, batch, scale=case.scale, max_query_len=num_queries)
+    return lambda: attend(query, pages, batch, scale=case.scale)
 
 
 def _dense(bench: Bench, case: AttentionCase, context: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,6 +71,7 @@ class _Sequences:
             seq_lens=torch.tensor([b for _, _, b in chunks], dtype=torch.int32, device=device),
             block_table=self._table[[i for i, _, _ in chunks]].contiguous(),
             logit_rows=cu_seqlens[1:] - 1,
+            max_query_len=max(b - a for _, a, b in chunks),
         )
 
     def decoded(self, members: Sequence[int], chunk: int) -> Tensor:

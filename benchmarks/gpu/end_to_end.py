@@ -1,13 +1,14 @@
 """Llama-3.1-8B's shapes through the real scheduler, executor and client, random weights.
 
-The executor is started through `traced_executor`, which costs two events a step and shows the
-gaps between its CUDA graphs. No network and no checkpoint are needed.
+The executor is started through `traced_executor`, which writes what the device did and how long it
+had nothing to do. No network and no checkpoint are needed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.util
 import sys
 import tempfile
@@ -23,11 +24,12 @@ from benchmarks.common import percentile, spread
 from benchmarks.gpu import ceilings
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model_directory import LLAMA_31_8B, TINY, write_model
-from benchmarks.gpu.replay_gaps import Gaps, gaps_between, read_trace
 from benchmarks.gpu.report import Outcome, Row, skipped
+from benchmarks.gpu.step_trace import FLUSHED_AFTER_S, StepTimes, read_trace, times_within
 
 if TYPE_CHECKING:
     from stepwire_client.benchmark.load import RequestRecord
+    from stepwire_client.benchmark.workload import WorkItem
     from stepwire_client.events import ModelInfo
 
 NEEDED_PACKAGES = (
@@ -125,7 +127,7 @@ def cluster(
         model=directory,
         served_model_name="random-weights",
         dtype=bench.pick("bfloat16", "float32"),
-        kernels=bench.pick("auto", "reference"),
+        kernels="auto",
         load_format="dummy",
         max_num_seqs=64,
         max_num_batched_tokens=bench.pick(8_192, 64),
@@ -141,7 +143,6 @@ def cluster(
 def run_load(address: str, model: ModelInfo, load: Load, *, seed: int) -> list[Steps]:
     """Send a load so many times; the first time is not counted, and warms up."""
     from stepwire_client.aio import AsyncClient
-    from stepwire_client.benchmark.workload import random_workload
 
     from benchmarks.cluster import generate_all
 
@@ -149,20 +150,53 @@ def run_load(address: str, model: ModelInfo, load: Load, *, seed: int) -> list[S
         measured: list[Steps] = []
         async with AsyncClient(address) as client:
             for number in range(load.rounds + 1):
-                items = random_workload(
-                    num_prompts=load.num_requests,
-                    input_len=load.prompt_len,
-                    output_len=load.output_len,
-                    vocab_size=model.vocab_size,
-                    excluded_token_ids=model.eos_token_ids,
-                    seed=f"{seed} {number}",
-                )
-                records, _ = await generate_all(client, items)
+                records, _ = await generate_all(client, _items(model, load, f"{seed} {number}"))
                 if number:
                     measured.append(decode_steps(records))
         return measured
 
     return asyncio.run(send())
+
+
+def answers(
+    address: str, model: ModelInfo, load: Load, *, seed: int, max_concurrency: int
+) -> list[list[int]]:
+    """Token ids of every request of a load, so many at a time; greedy."""
+    from stepwire_client.aio import AsyncClient
+    from stepwire_client.events import Output
+    from stepwire_client.params import SamplingParams
+
+    params = SamplingParams(max_tokens=load.output_len, temperature=0.0, ignore_eos=True)
+
+    async def send() -> list[list[int]]:
+        slots = asyncio.Semaphore(max_concurrency)
+
+        async def one(client: AsyncClient, prompt: Any) -> list[int]:
+            token_ids: list[int] = []
+            async with slots, client.stream(prompt, params, timeout_s=60.0) as stream:
+                async for event in stream:
+                    if isinstance(event, Output):
+                        token_ids += event.token_ids
+            return token_ids
+
+        async with AsyncClient(address) as client:
+            items = _items(model, load, f"{seed} answers")
+            return await asyncio.gather(*(one(client, item.prompt) for item in items))
+
+    return asyncio.run(send())
+
+
+def _items(model: ModelInfo, load: Load, seed: str) -> list[WorkItem]:
+    from stepwire_client.benchmark.workload import random_workload
+
+    return random_workload(
+        num_prompts=load.num_requests,
+        input_len=load.prompt_len,
+        output_len=load.output_len,
+        vocab_size=model.vocab_size,
+        excluded_token_ids=model.eos_token_ids,
+        seed=seed,
+    )
 
 
 def measure(bench: Bench) -> Outcome:
@@ -184,18 +218,26 @@ def measure(bench: Bench) -> Outcome:
         Load(num_requests=64, prompt_len=1_024, output_len=160, rounds=1),
         Load(num_requests=4, prompt_len=8, output_len=24, rounds=1),
     )
+    asked = bench.pick(
+        Load(num_requests=12, prompt_len=300, output_len=24, rounds=1),
+        Load(num_requests=3, prompt_len=20, output_len=5, rounds=1),
+    )
     with tempfile.TemporaryDirectory() as scratch:
         directory = write_model(Path(scratch), config)
-        trace = directory / "replays.jsonl"
+        trace = directory / "steps.jsonl"
         started = time.monotonic()
         with cluster(bench, directory, trace) as (address, model):
             start_s = time.monotonic() - started
             _report_memory(bench, model, outcome)
             for key, load in (("end_to_end_batch_1", single), ("end_to_end_batch_64", many)):
                 steps = run_load(address, model, load, seed=bench.seed)
-                time.sleep(1.0)  # the trace is written a little later
-                gaps = gaps_between(read_trace(trace), [of.window for of in steps])
-                _add_load(outcome, key, load, steps, gaps, config, copy_rate, bench)
+                time.sleep(FLUSHED_AFTER_S)
+                windows = [of.window for of in steps]
+                times = times_within(read_trace(trace), windows, num_sampled=load.num_requests)
+                _add_load(outcome, key, load, steps, times, config, copy_rate, bench)
+            alone = answers(address, model, asked, seed=bench.seed, max_concurrency=1)
+            together = answers(address, model, asked, seed=bench.seed, max_concurrency=64)
+        outcome.rows.append(_same_answers("one at a time and together", alone, together))
         if bench.remaining_s() < 1.5 * start_s:
             outcome.notes.append("graph against eager: left out, the time is spent")
             return outcome
@@ -203,6 +245,8 @@ def measure(bench: Bench) -> Outcome:
         eager_trace = directory / "eager.jsonl"
         with cluster(bench, directory, eager_trace, *eager_flags) as (address, model):
             steps = run_load(address, model, single, seed=bench.seed)
+            eager = answers(address, model, asked, seed=bench.seed, max_concurrency=64)
+        outcome.rows.append(_same_answers("from graphs and eager", together, eager))
         eager_ms = percentile([of.step_ms for of in steps], 50)
         graph_ms = outcome.figures["end_to_end_batch_1"]["step_ms"]["median"]
         outcome.figures["eager"] = {"step_ms": spread([of.step_ms for of in steps])}
@@ -216,12 +260,23 @@ def measure(bench: Bench) -> Outcome:
     return outcome
 
 
+def _same_answers(how: str, some: list[list[int]], others: list[list[int]]) -> Row:
+    num_different = sum(a != b for a, b in zip(some, others, strict=True))
+    return Row.of_check(
+        f"greedy ids over gRPC, {how}: {len(some)} requests",
+        figure=f"{num_different} differ",
+        target="0 differ",
+        denominator="each other",
+        is_right=num_different == 0,
+    )
+
+
 def _add_load(
     outcome: Outcome,
     key: str,
     load: Load,
     steps: Sequence[Steps],
-    gaps: Gaps | None,
+    times: StepTimes | None,
     config: Mapping[str, Any],
     copy_rate: float,
     bench: Bench,
@@ -247,25 +302,24 @@ def _add_load(
             key, percent, denominator=f"{num_bytes / 1e9:.2f} GB by copy; step {step_ms:.2f} ms"
         )
     )
-    if gaps is None:
-        outcome.notes.append(f"host gap at batch {load.num_requests}: no graph was replayed")
+    if times is None:
+        outcome.notes.append(f"host gap at batch {load.num_requests}: no step was traced")
         return
-    outcome.figures[key]["gaps"] = {
-        "num_replays": gaps.num_replays,
-        "median_gap_ms": gaps.median_gap_ms,
-        "median_graph_ms": gaps.median_device_ms,
-        "percent_of_step": gaps.percent_of_step,
+    outcome.figures[key]["traced"] = {
+        **dataclasses.asdict(times),
+        "idle_percent": times.idle_percent,
     }
-    denominator = f"between graphs: {1e3 * gaps.median_gap_ms:.0f} µs"
+    denominator = (
+        f"device idle {1e3 * times.idle_ms:.0f} µs, busy {times.busy_ms:.2f} ms; "
+        f"host {times.prepare_ms:.2f} ms"
+    )
     if load.num_requests == 1:
-        outcome.rows.append(
-            Row.of_target("host_gap", gaps.percent_of_step, denominator=denominator)
-        )
+        outcome.rows.append(Row.of_target("host_gap", times.idle_percent, denominator=denominator))
         return
     outcome.rows.append(
         Row.of_report(
             f"host gap between steps at batch {load.num_requests}",
-            f"{gaps.percent_of_step:.1f}% of the step",
+            f"{times.idle_percent:.1f}% of the step",
             denominator=denominator,
         )
     )

@@ -6,7 +6,6 @@ The one place that knows their signatures, so that a change of one is a change h
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -51,12 +50,11 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    max_query_len: int | None = None,
 ) -> Tensor:
-    """Attend as `interface.PagedAttention`; max_query_len bounds the batch's query lengths."""
+    """Attend as `interface.PagedAttention`, with what the batch says of its query lengths."""
     known: dict[str, Any] = {}
     if "max_query_len" in _ATTENTION_PARAMETERS:
-        known["max_query_len"] = max_query_len
+        known["max_query_len"] = batch.max_query_len
     return attention_triton.paged_attention(
         query, pages, batch, scale=scale, sliding_window=window, softcap=softcap, **known
     )
@@ -87,6 +85,7 @@ def make_batch(
     block_table: Tensor,
     token_ids: Tensor | None = None,
     logit_rows: Tensor | None = None,
+    max_query_len: int | None = None,
 ) -> StepBatch:
     """A step's tensors; without token ids they are zeros, and no logits are wanted."""
     return StepBatch(
@@ -97,6 +96,7 @@ def make_batch(
         seq_lens=seq_lens,
         block_table=block_table,
         logit_rows=positions[:0] if logit_rows is None else logit_rows,
+        max_query_len=max_query_len,
     )
 
 
@@ -110,33 +110,26 @@ def sampling_batch(
     positions: Tensor | None = None,
     streams: Tensor | None = None,
 ) -> SamplingBatch:
-    """Parameters of rows that ask for no log-probabilities."""
-    values: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seeds": seeds,
-        "positions": torch.zeros_like(seeds) if positions is None else positions,
-        "streams": torch.zeros_like(seeds) if streams is None else streams,
-        "num_logprobs": (-1,) * temperature.shape[0],
-    }
-    known = {field.name for field in dataclasses.fields(SamplingBatch)}
-    return SamplingBatch(**{name: value for name, value in values.items() if name in known})
+    """Parameters of rows; without positions and streams these are zeros."""
+    zeros = torch.zeros_like(seeds)
+    return SamplingBatch(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seeds=seeds,
+        positions=zeros if positions is None else positions,
+        streams=zeros if streams is None else streams,
+    )
 
 
 def choose(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     """Token ids, [num_rows] int64, and whether each could be chosen, by the Triton sampler."""
-    return _ids(sample_triton.sample(logits, batch))
+    out = sample_triton.sample(logits, batch)
+    return out.token_ids, out.is_finite
 
 
 def choose_by_reference(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     """As choose, by the torch reference on the logits' device; may overwrite logits."""
-    return _ids(sample_reference.sample(logits, batch))
-
-
-def _ids(chosen: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(chosen, tuple):
-        token_ids, is_finite = chosen
-        return token_ids, is_finite
-    return chosen.token_ids, chosen.is_finite
+    out = sample_reference.sample(logits, batch)
+    return out.token_ids, out.is_finite

@@ -184,6 +184,7 @@ class PagedSequences:
                 [last for _, _, last in chunks], dtype=torch.int32, device=device
             ),
             block_table=self._table[[index for index, _, _ in chunks]].contiguous(),
+            max_query_len=int(lengths.max()),
         )
 
     def attend(
@@ -201,7 +202,6 @@ class PagedSequences:
             scale=self.case.scale,
             window=self.case.window,
             softcap=self.case.softcap,
-            max_query_len=max(last - first for _, first, last in chunks),
         )
         return list(out.split([len(x) for x in rows]))
 

@@ -1,77 +1,52 @@
-"""An executor that also notes when CUDA graphs were replayed: between replays is the host's gap.
+"""An executor that also writes what it did at each step.
 
 Run: python -m benchmarks.gpu.traced_executor TRACE [executor's flags]
 
-TRACE gets a line a replay: the host's time.time(), the milliseconds that the graph took on the
-device, and those from the end of the graph before it to its start.
+TRACE gets a line of JSON a step, see `step_trace`. It costs a list's append a step.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import sys
-import threading
-import time
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_FLUSH_INTERVAL_S = 0.2
-_MAX_PENDING = 4_096
+from stepwire_executor.__main__ import main as serve
+from stepwire_executor.__main__ import set_thread_environment
+from stepwire_executor.config import parse_config
+from stepwire_executor.errors import ConfigError
+
+from benchmarks.gpu.step_trace import StepTrace
 
 
-class ReplayTrace:
-    """Events around every replay, written once the device has passed them."""
+def install(trace: StepTrace) -> None:
+    """Have every finished step noted."""
+    from stepwire_executor.runner import PendingStep  # brings torch along
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._pending: deque[tuple[float, Any, Any]] = deque(maxlen=_MAX_PENDING)
-        self._last_end: Any = None
-        self._lock = threading.Lock()
+    finish = PendingStep.finish
 
-    def install(self) -> None:
-        """Wrap CUDAGraph.replay."""
-        import torch
+    def traced(step: PendingStep) -> Any:
+        result = finish(step)
+        trace.add(result)
+        return result
 
-        replay = torch.cuda.CUDAGraph.replay
-
-        def traced(graph: torch.cuda.CUDAGraph) -> None:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay(graph)
-            end.record()
-            self._pending.append((time.time(), start, end))
-
-        torch.cuda.CUDAGraph.replay = traced  # type: ignore[method-assign]
-        threading.Thread(target=self._run, name="replay trace", daemon=True).start()
-
-    def flush(self) -> None:
-        """Write what has finished."""
-        with self._lock:
-            lines = []
-            while self._pending and self._pending[0][2].query():
-                at, start, end = self._pending.popleft()
-                gap_ms = None if self._last_end is None else self._last_end.elapsed_time(start)
-                lines.append(json.dumps([at, start.elapsed_time(end), gap_ms]))
-                self._last_end = end
-            if lines:
-                with self._file.open("a", encoding="utf-8") as out:
-                    out.write("\n".join(lines) + "\n")
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(_FLUSH_INTERVAL_S)
-            self.flush()
+    PendingStep.finish = traced  # type: ignore[method-assign]
 
 
-def main() -> int:
-    """Serve until the executor ends."""
-    trace, *flags = sys.argv[1:]
-    ReplayTrace(Path(trace)).install()
-    from stepwire_executor.__main__ import main as serve
-
+def main(arguments: Sequence[str]) -> int:
+    """Serve until the executor ends; returns its status."""
+    file, *flags = arguments
+    # Wrong flags are for the executor to complain about.
+    with contextlib.suppress(ConfigError):
+        set_thread_environment(parse_config(flags, os.environ), os.environ)  # before torch is there
+        trace = StepTrace(Path(file))
+        install(trace)
+        trace.start()
     return serve(flags)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
