@@ -51,7 +51,7 @@ def check_float32(bench: Bench) -> Outcome:
 def check_fp8(bench: Bench) -> Outcome:
     """bfloat16 and float16 queries over e4m3 pages."""
     # The interpreter is right about bfloat16 as long as no product takes it.
-    cases = _cases(bench, torch.bfloat16, FP8_DTYPE)
+    cases = _cases(bench, torch.bfloat16, FP8_DTYPE, bench.pick(None, (1,)))
     cases += _cases(bench, torch.float16, FP8_DTYPE, (0,))
     return _check(bench, "fp8 pages", cases)
 
