@@ -78,8 +78,8 @@ def bytes_read_a_step(
     config: Mapping[str, Any], *, num_sequences: int, context: float, item_bytes: int
 ) -> float:
     """Bytes that a decode step must read: every weight but the embedding table, and the KV."""
-    hidden, head_dim = config["hidden_size"], config["head_dim"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads, head_dim = config["num_key_value_heads"], config.get("head_dim", hidden // heads)
     layer = hidden * head_dim * (2 * heads + 2 * kv_heads)
     layer += 3 * hidden * config["intermediate_size"] + 2 * hidden
     num_layers = config["num_hidden_layers"]
@@ -114,7 +114,7 @@ def decode_steps(records: Sequence[RequestRecord]) -> Steps:
 
 @contextlib.contextmanager
 def cluster(
-    bench: Bench, directory: Path, trace: Path, *flags: str
+    bench: Bench, directory: Path, trace: Path, *, enforce_eager: bool = False
 ) -> Iterator[tuple[str, ModelInfo]]:
     """Start the processes and wait for the model; yields the scheduler's address."""
     from stepwire_client.cluster_config import ClusterConfig
@@ -122,7 +122,6 @@ def cluster(
     from benchmarks.cluster import LocalCluster
 
     traced = (sys.executable, "-m", "benchmarks.gpu.traced_executor", str(trace))
-    device_flags = bench.pick(("--device", "cuda"), ())
     config = ClusterConfig(
         model=directory,
         served_model_name="random-weights",
@@ -133,7 +132,9 @@ def cluster(
         max_num_batched_tokens=bench.pick(8_192, 64),
         max_model_len=bench.pick(4_096, 128),
         start_timeout_s=120.0,
-        executor_command=(*traced, *device_flags, *flags),
+        executor_command=traced,
+        device=bench.pick("cuda", "cpu"),
+        enforce_eager=enforce_eager,
     )
     with LocalCluster(config) as started:
         timeout_s = min(_READY_TIMEOUT_S, max(1.0, bench.remaining_s()))
@@ -241,9 +242,8 @@ def measure(bench: Bench) -> Outcome:
         if bench.remaining_s() < 1.5 * start_s:
             outcome.notes.append("graph against eager: left out, the time is spent")
             return outcome
-        eager_flags = bench.pick(("--enforce-eager",), ())
         eager_trace = directory / "eager.jsonl"
-        with cluster(bench, directory, eager_trace, *eager_flags) as (address, model):
+        with cluster(bench, directory, eager_trace, enforce_eager=True) as (address, model):
             steps = run_load(address, model, single, seed=bench.seed)
             eager = answers(address, model, asked, seed=bench.seed, max_concurrency=64)
         outcome.rows.append(_same_answers("from graphs and eager", together, eager))

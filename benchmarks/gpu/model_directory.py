@@ -7,33 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-LLAMA_31_8B: Mapping[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128_256,
-    "hidden_size": 4_096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8_192,
-    },
-    "max_position_embeddings": 131_072,
-    "tie_word_embeddings": False,
-    "bos_token_id": 128_000,
-    "eos_token_id": 128_001,
-    "torch_dtype": "bfloat16",
-}
+from stepwire_executor.model.locate import SHAPES
+
+LLAMA_31_8B: Mapping[str, Any] = json.loads((SHAPES / "llama-3.1-8b" / "config.json").read_bytes())
 SMALL: Mapping[str, Any] = {
     **LLAMA_31_8B,
+    "head_dim": 128,
     "vocab_size": 32_000,
     "hidden_size": 1_024,
     "intermediate_size": 2_816,

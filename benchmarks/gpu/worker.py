@@ -32,6 +32,15 @@ def run(request: Mapping[str, Any]) -> Outcome:
 
     request: section, is_rehearsal, is_warm_up, seed, ceilings, timeout_s.
     """
+    try:
+        return _run(request)
+    except Exception as error:
+        traceback.print_exc()
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        return failed(request["section"], lines[0][:_REASON_CHARACTERS])
+
+
+def _run(request: Mapping[str, Any]) -> Outcome:
     replace_missing_structlog()
     import torch
 
@@ -39,8 +48,7 @@ def run(request: Mapping[str, Any]) -> Outcome:
     from benchmarks.gpu.bench import Bench
     from benchmarks.gpu.timing import CompileTimer, DeviceTimer, Timer, WallTimer
 
-    name = request["section"]
-    section = next(section for section in SECTIONS if section.name == name)
+    section = next(section for section in SECTIONS if section.name == request["section"])
     is_rehearsal = request["is_rehearsal"]
     device = torch.device("cpu" if is_rehearsal else "cuda")
     timer: Timer
@@ -58,15 +66,10 @@ def run(request: Mapping[str, Any]) -> Outcome:
         ceilings=request["ceilings"],
         deadline=time.monotonic() + request["timeout_s"],
     )
-    try:
-        with operations.split_tokens(_REHEARSED_SPLIT) if is_rehearsal else nullcontext():
-            outcome = section.load()(bench)
-        if not is_rehearsal:
-            torch.cuda.synchronize()
-    except Exception as error:
-        traceback.print_exc()
-        lines = f"{type(error).__name__}: {error}".splitlines()
-        return failed(name, lines[0][:_REASON_CHARACTERS])
+    with operations.split_tokens(_REHEARSED_SPLIT) if is_rehearsal else nullcontext():
+        outcome = section.load()(bench)
+    if not is_rehearsal:
+        torch.cuda.synchronize()
     return outcome
 
 

@@ -20,7 +20,7 @@ from benchmarks import tables
 from benchmarks.gpu import __main__ as gpu_check
 from benchmarks.gpu import device, end_to_end, report, results, supervisor, timing, worker
 from benchmarks.gpu.errors import relative_error
-from benchmarks.gpu.model_directory import LLAMA_31_8B, TINY, write_model
+from benchmarks.gpu.model_directory import LLAMA_31_8B, SMALL, TINY, write_model
 from benchmarks.gpu.report import Outcome, Row
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.step_trace import StepTrace, TracedStep, read_trace, times_within
@@ -286,7 +286,7 @@ def test_kernels_import_where_structlog_is_missing(monkeypatch: pytest.MonkeyPat
 def test_a_model_directory_suits_the_scheduler_and_the_executor(tmp_path: Path) -> None:
     from stepwire_executor.model.hf_config import read_hf_config
 
-    for name, config in (("tiny", TINY), ("llama", LLAMA_31_8B)):
+    for name, config in (("tiny", TINY), ("small", SMALL), ("llama", LLAMA_31_8B)):
         directory = tmp_path / name
         directory.mkdir()
         write_model(directory, config)
