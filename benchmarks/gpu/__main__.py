@@ -30,7 +30,8 @@ LEFT_OUT = (
     "stands in), counts of device memory, addresses past 2^31 elements"
 )
 """What a rehearsal cannot run."""
-_MAX_WORKERS = 8
+_MAX_WORKERS = 6
+"""Checks side by side, each of some gigabytes."""
 _USAGE_STATUS = 2
 
 

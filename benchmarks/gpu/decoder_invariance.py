@@ -11,7 +11,9 @@ import torch
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.kv_cache import KVCache
-from stepwire_executor.model.loader import LoadedModel, load_model
+from stepwire_executor.model.decoder import Decoder
+from stepwire_executor.model.hf_config import read_hf_config
+from stepwire_executor.model.weights.dummy import DummyWeights
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench
@@ -27,14 +29,14 @@ _CHUNK = 200
 class _Sequences:
     """Prompts of random tokens, each with a fixed number of blocks of a scattered pool."""
 
-    def __init__(self, bench: Bench, model: LoadedModel, lengths: Sequence[int]) -> None:
+    def __init__(self, bench: Bench, decoder: Decoder, lengths: Sequence[int]) -> None:
         self._device = bench.device
-        self._model = model
+        self._decoder = decoder
         self.lengths = list(lengths)
         self._num_blocks = -(-max(lengths) // _BLOCK_SIZE)
         generator = bench.generator(3)
         self._tokens = torch.randint(
-            model.config.vocab_size, (len(lengths), max(lengths)), generator=generator,
+            decoder.config.vocab_size, (len(lengths), max(lengths)), generator=generator,
             device=self._device,
         )  # fmt: skip
         order = torch.randperm(
@@ -44,14 +46,14 @@ class _Sequences:
 
     def cache(self) -> KVCache:
         """Pages for all sequences."""
-        config = self._model.config
+        config = self._decoder.config
         return KVCache(
             num_layers=config.num_layers,
             num_blocks=self._table.numel(),
             num_kv_heads=config.num_kv_heads,
             block_size=_BLOCK_SIZE,
             head_dim=config.head_dim,
-            dtype=self._model.dtype,
+            dtype=self._decoder.dtype,
             device=self._device,
         )
 
@@ -86,16 +88,16 @@ class _Sequences:
             # Few at a time: a step's activations stay small.
             for start in range(0, len(work), 16):
                 part = work[start : start + 16]
-                self._model.decoder.forward(self.batch(part), cache)
+                self._decoder.forward(self.batch(part), cache)
                 computed |= {i: last for i, _, last in part}
         self._cache = cache
         last = [(i, self.lengths[i] - 1, self.lengths[i]) for i in members]
-        return self._model.decoder.forward(self.batch(last), cache)
+        return self._decoder.forward(self.batch(last), cache)
 
     def replayed(self, members: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The decode step of members eagerly and from a graph, over the cache of decoded()."""
         batch = self.batch([(i, self.lengths[i] - 1, self.lengths[i]) for i in members])
-        decoder, cache = self._model.decoder, self._cache
+        decoder, cache = self._decoder, self._cache
         eager = decoder.forward(batch, cache)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -112,19 +114,22 @@ def check(bench: Bench) -> Outcome:
     """Logits of batch 1 against 8, 32 and 256, chunked otherwise, and graph against eager."""
     outcome = Outcome()
     with tempfile.TemporaryDirectory() as scratch:
-        directory = write_model(Path(scratch), bench.pick(SMALL, TINY))
-        model = load_model(
-            directory,
-            dtype=bench.pick(torch.bfloat16, torch.float32),
-            kernels=select_kernels(bench.device, "triton"),
-            device=bench.device,
-            load_format="dummy",
-        )
+        config = read_hf_config(write_model(Path(scratch), bench.pick(SMALL, TINY)))
+    # Not through the loader: it needs packages that reading no weights does not.
+    decoder = Decoder(
+        config,
+        DummyWeights(config),
+        select_kernels(bench.device, "triton"),
+        dtype=bench.pick(torch.bfloat16, torch.float32),
+        device=bench.device,
+        max_model_len=config.max_position_embeddings,
+        on_progress=lambda _phase, _fraction: None,
+    )
     generator = random.Random(bench.seed)
     sizes = bench.pick((8, 32, 256), (3,))
     lengths = [generator.randint(*bench.pick((2, 900), (2, 20))) for _ in range(max(sizes))]
     lengths[0] = bench.pick(1_300, 24)
-    sequences = _Sequences(bench, model, lengths)
+    sequences = _Sequences(bench, decoder, lengths)
     watched = range(bench.pick(4, 2))
     alone = {i: sequences.decoded([i], chunk=_CHUNK) for i in watched}
     differences: list[str] = []

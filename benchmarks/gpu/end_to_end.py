@@ -38,6 +38,8 @@ NEEDED_PACKAGES = (
 )
 """Of the processes that are started, beside torch, triton, numpy, grpcio and protobuf."""
 _READY_TIMEOUT_S = 240.0
+_SHOWN_LINES = 15
+"""Of each log, after a failure."""
 _GIB = 2**30
 
 
@@ -68,7 +70,7 @@ def missing_packages() -> list[str]:
     def is_there(name: str) -> bool:
         try:
             return importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, ValueError):  # a parent is missing; or a stand-in is there
             return False
 
     return [name for name in NEEDED_PACKAGES if not is_there(name)]
@@ -136,9 +138,21 @@ def cluster(
         device=bench.pick("cuda", "cpu"),
         enforce_eager=enforce_eager,
     )
-    with LocalCluster(config) as started:
-        timeout_s = min(_READY_TIMEOUT_S, max(1.0, bench.remaining_s()))
-        yield started.address, started.wait_until_ready(timeout_s)
+    local = LocalCluster(config)
+    try:
+        with local as started:
+            timeout_s = min(_READY_TIMEOUT_S, max(1.0, bench.remaining_s()))
+            yield started.address, started.wait_until_ready(timeout_s)
+    except Exception:
+        _show_logs(local.log_dir)
+        raise
+
+
+def _show_logs(directory: Path) -> None:
+    """Print the ends of the processes' logs: their machine may not be there for long."""
+    for file in sorted(directory.glob("*.log")):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"--- {file.name}", *lines[-_SHOWN_LINES:], sep="\n", file=sys.stderr)
 
 
 def run_load(address: str, model: ModelInfo, load: Load, *, seed: int) -> list[Steps]:

@@ -58,7 +58,7 @@ SECTIONS = (
     _section("decode", "benchmark", "attention_decode", timeout_s=60),
     _section("prefill", "benchmark", "attention_prefill", timeout_s=50),
     _section("naive", "benchmark", "attention_prefill", "measure_naive", 40),
-    _section("invariance-cost", "benchmark", "attention_decode", "measure_invariance_cost", 50),
+    _section("invariance-cost", "benchmark", "attention_decode", "measure_invariance_cost", 80),
     _section("kv-write", "benchmark", "kv_write", timeout_s=40),
     _section("sampler-time", "benchmark", "sampler_time", timeout_s=40),
     _section("linear-decode", "benchmark", "linear_time", "measure_decode", 50),

@@ -7,6 +7,7 @@ process answers and ends, because its context may be lost.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -91,8 +92,10 @@ def replace_missing_structlog() -> None:
 
 
 def _is_device_lost() -> bool:
+    """Free what the section left, for the workers beside this one; True where that fails."""
     import torch
 
+    gc.collect()
     if not torch.cuda.is_initialized():
         return False
     try:
