@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
-from stepwire_executor.kernels.paged_attention.triton_config import choose_dot_dtype
 from stepwire_executor.kv_cache import FP8_DTYPE
 
 from benchmarks.gpu.bench import Bench, poisoned
 from benchmarks.gpu.errors import BOUNDS, NO_ERROR, Error, relative_error, worse
 from benchmarks.gpu.operations import default_split_tokens
-from benchmarks.gpu.paged_sequences import AttentionCase, Chunk, PagedSequences
+from benchmarks.gpu.paged_sequences import (
+    TAKES_STATIC_SCALES,
+    AttentionCase,
+    Chunk,
+    PagedSequences,
+)
 from benchmarks.gpu.report import Outcome, Row
 
 _LAYERS = (
@@ -53,6 +58,8 @@ def check_fp8(bench: Bench) -> Outcome:
     # The interpreter is right about bfloat16 as long as no product takes it.
     cases = _cases(bench, torch.bfloat16, FP8_DTYPE, bench.pick(None, (1,)))
     cases += _cases(bench, torch.float16, FP8_DTYPE, (0,))
+    if TAKES_STATIC_SCALES:
+        cases.append(dataclasses.replace(cases[0], has_static_scales=True))
     return _check(bench, "fp8 pages", cases)
 
 
@@ -122,7 +129,8 @@ def _cases(
 
 def _lengths(bench: Bench, case: AttentionCase) -> list[tuple[int, int]]:
     """(query tokens, context) of every sequence of the step: all edges at once."""
-    page, split = case.block_size, default_split_tokens()
+    page = case.block_size
+    split = default_split_tokens(bench.pick(_LONG, 1) + page)
     edges = [1, page - 1, page, page + 1, split - 1, split, split + 1, 2 * split]
     if bench.is_rehearsal:
         return [(1, 1), (0, 0), (1, page + 1), (5, split + 3), (9, 9), (12, 40)]
@@ -179,6 +187,5 @@ def _check(bench: Bench, name: str, cases: Sequence[AttentionCase]) -> Outcome:
 
 
 def _bound(case: AttentionCase) -> float:
-    """By the coarser of what products take and what is returned."""
-    dot_dtype = choose_dot_dtype(case.dtype, case.page_dtype)
-    return max(BOUNDS[dot_dtype], BOUNDS[case.dtype])
+    """Products are taken in no coarser type than the queries'."""
+    return BOUNDS[case.dtype]

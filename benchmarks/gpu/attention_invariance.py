@@ -14,22 +14,29 @@ from benchmarks.gpu.operations import default_split_tokens
 from benchmarks.gpu.paged_sequences import AttentionCase, Chunk, PagedSequences
 from benchmarks.gpu.report import Outcome, Row
 
+_LONG = 20_480
+"""Tokens that the block tables have room for."""
+
 
 class _Rows:
     """Sequences, their queries, and which comparisons failed."""
 
     def __init__(self, bench: Bench, case: AttentionCase) -> None:
         self._random = random.Random(bench.seed)
-        split = default_split_tokens()
-        watched = [1, split - 1, split + 1, 2 * split + 6, 8 * split + 1, 20_000]
+        split = default_split_tokens(_LONG)
+        watched = [1, split - 1, split + 1, 2 * split + 6, 8 * split + 1, _LONG - 64]
         others = [self._random.randint(1, 6_000) for _ in range(250)]
         if bench.is_rehearsal:
             watched, others = [1, split + 1], [self._random.randint(1, 40) for _ in range(2)]
         self.num_watched = len(watched)
+        self.split = split
         self.prompt = bench.pick(2 * split + 76, split + 5)
         """Tokens of the last sequence, which is cut in many ways."""
         self.sequences = PagedSequences(
-            case, [*watched, *others, self.prompt], generator=bench.generator()
+            case,
+            [*watched, *others, self.prompt],
+            generator=bench.generator(),
+            table_width=bench.pick(_LONG, 256) // case.block_size,
         )
         self.queries = self.sequences.queries(bench.generator(1))
         self.differences: list[str] = []
@@ -79,7 +86,7 @@ class _Rows:
                 last = min(first + size, length)
                 (out,) = self.sequences.attend(self.queries, [(prompt, first, last)])
                 self.compare(f"chunks of {size}, from {first}", out, whole[first:last])
-        for first in (length // 3, default_split_tokens(), length - 20):
+        for first in (length // 3, self.split, length - 20):
             (out,) = self.sequences.attend(self.queries, [(prompt, first, length)])
             self.compare(f"cached prefix of {first}", out, whole[first:])
         for position in decoded:
@@ -118,7 +125,7 @@ def check(bench: Bench) -> Outcome:
         )
         rows = _Rows(bench, case)
         rows.check_batches(bench.pick((8, 32, 256), (3,)))
-        split = default_split_tokens()
+        split = rows.split
         edges = {0, 1, 63, 64, split - 1, split, split + 1, rows.prompt - 1}
         rows.check_chunks(
             bench.pick((5, 8, 9, 64, 128, 300), (300,)), bench.pick(sorted(edges), (split,))

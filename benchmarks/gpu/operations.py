@@ -39,6 +39,10 @@ __all__ = [
 
 linear = linear_triton.linear
 pack_weight = linear_triton.pack_weight
+_SPLIT_NAME = (
+    "choose_split_tokens" if hasattr(attention_triton, "choose_split_tokens") else "SPLIT_TOKENS"
+)
+"""Where the attention's wrapper takes the length of a split from: a rule, or a constant."""
 _ATTENTION_PARAMETERS = frozenset(inspect.signature(attention_triton.paged_attention).parameters)
 
 
@@ -60,20 +64,23 @@ def attend(
     )
 
 
-def default_split_tokens() -> int:
-    """Tokens of context a split, as the kernels choose them."""
-    return int(attention_triton.SPLIT_TOKENS)
+def default_split_tokens(max_context: int) -> int:
+    """Tokens of context a split, where block tables hold max_context tokens a sequence."""
+    if _SPLIT_NAME == "SPLIT_TOKENS":
+        return int(attention_triton.SPLIT_TOKENS)
+    return int(attention_triton.choose_split_tokens(max_context))
 
 
 @contextlib.contextmanager
 def split_tokens(num_tokens: int) -> Iterator[None]:
     """Let launches in the block cut the context into splits of num_tokens, a power of two."""
-    before = attention_triton.SPLIT_TOKENS
-    attention_triton.SPLIT_TOKENS = num_tokens
+    before = getattr(attention_triton, _SPLIT_NAME)
+    fixed = num_tokens if _SPLIT_NAME == "SPLIT_TOKENS" else lambda max_context: num_tokens
+    setattr(attention_triton, _SPLIT_NAME, fixed)
     try:
         yield
     finally:
-        attention_triton.SPLIT_TOKENS = before
+        setattr(attention_triton, _SPLIT_NAME, before)
 
 
 def make_batch(

@@ -6,11 +6,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels.rope_and_write_kv.reference import quantise
-from stepwire_executor.kv_cache import FP8_DTYPE, KVCache, KVPages, bytes_per_block
+from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, KVCache, KVPages, bytes_per_block
 from torch import Tensor
 
 from benchmarks.gpu.operations import attend, make_batch
@@ -19,6 +20,16 @@ Chunk = tuple[int, int, int]
 """(sequence, first, last): the query tokens first to last of a sequence."""
 
 _NAN_CODE = 0x7F
+STATIC_SCALES = {"static_key_scale": 0.03125, "static_value_scale": 0.07}
+"""By the fields of KVPages; what they do not reach saturates."""
+TAKES_STATIC_SCALES = "static_key_scale" in {field.name for field in dataclasses.fields(KVPages)}
+"""Whether pages may have a scale a layer in place of one a token and head."""
+
+
+def with_static_scales(pages: KVPages) -> KVPages:
+    """The same e4m3 pages without a scale a token and head."""
+    scales: dict[str, Any] = {"key_scale": None, "value_scale": None, **STATIC_SCALES}
+    return dataclasses.replace(pages, **scales)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +48,8 @@ class AttentionCase:
     """Of keys and values; float8_e4m3fn brings scales."""
     window: int | None = None
     softcap: float | None = None
+    has_static_scales: bool = False
+    """e4m3 pages have one scale for all keys and one for all values."""
 
     @property
     def num_heads(self) -> int:
@@ -55,6 +68,7 @@ class AttentionCase:
         parts += [f"{str(self.dtype)[6:]} over {str(self.page_dtype)[6:]}"]
         parts += [f"window {self.window}"] if self.window else []
         parts += [f"softcap {self.softcap:g}"] if self.softcap else []
+        parts += ["static scales"] if self.has_static_scales else []
         return ", ".join(parts)
 
     def kv_bytes(self, num_tokens: int) -> int:
@@ -102,6 +116,8 @@ class PagedSequences:
             device=self._device,
         )
         (self.pages,) = cache.layers
+        if case.has_static_scales:
+            self.pages = with_static_scales(self.pages)
         if is_poisoned:
             _poison(self.pages)
         order = torch.randperm(num_blocks - first_block, generator=generator, device=self._device)
@@ -120,22 +136,31 @@ class PagedSequences:
         shape = (length, case.num_kv_heads, case.head_dim)
         place = torch.arange(length, device=self._device)
         blocks, offsets = self._blocks(index, place), place % case.block_size
-        for target, scales, spread in (
-            (self.pages.key, self.pages.key_scale, 1.0),
-            (self.pages.value, self.pages.value_scale, 3.0),
+        for target, scales, kind, spread in (
+            (self.pages.key, self.pages.key_scale, "key", 1.0),
+            (self.pages.value, self.pages.value_scale, "value", 3.0),
         ):
             x = torch.randn(shape, generator=generator, device=self._device)
             # Magnitudes differ from token to token, so that a forgotten scale shows.
             x *= 1 + spread * ((place * 7) % 5).view(-1, 1, 1) / 5
-            if scales is None:
+            if target.dtype != FP8_DTYPE:
                 target[blocks, :, offsets] = x.to(target.dtype)
                 continue
-            codes, scale = quantise(x)
+            if scales is None:
+                scaled = x / STATIC_SCALES[f"static_{kind}_scale"]
+                codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+            else:
+                codes, scale = quantise(x)
+                scales[blocks, :, offsets] = scale.to(scales.dtype)
             target.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
-            scales[blocks, :, offsets] = scale.to(scales.dtype)
 
     def _blocks(self, index: int, place: Tensor) -> Tensor:
         return self._table[index].long()[place // self.case.block_size]
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of a sequence that the block tables have room for."""
+        return self._width * self.case.block_size
 
     def moved(self, generator: torch.Generator) -> PagedSequences:
         """The same sequences in other blocks of a pool of the same size."""
@@ -215,11 +240,7 @@ class PagedSequences:
         place = torch.arange(last, device=self._device)
         blocks, offsets = self._blocks(index, place), place % case.block_size
         key, value = (
-            _stored(pages, scales, blocks, offsets).transpose(0, 1)
-            for pages, scales in (
-                (self.pages.key, self.pages.key_scale),
-                (self.pages.value, self.pages.value_scale),
-            )
+            stored(self.pages, kind, blocks, offsets).transpose(0, 1) for kind in ("key", "value")
         )
         num_rows = last - first
         grouped = query.double().view(num_rows, case.num_kv_heads, case.group, case.head_dim)
@@ -255,9 +276,13 @@ def _poison(pages: KVPages) -> None:
             x.fill_(torch.nan)
 
 
-def _stored(pages: Tensor, scales: Tensor | None, blocks: Tensor, offsets: Tensor) -> Tensor:
-    """What the slots stand for: [num_tokens, num_kv_heads, head_dim] float64."""
+def stored(pages: KVPages, kind: str, blocks: Tensor, offsets: Tensor) -> Tensor:
+    """What slots of "key" or "value" stand for: [num_slots, num_kv_heads, head_dim] float64."""
+    x: Tensor = getattr(pages, kind)
+    scales: Tensor | None = getattr(pages, f"{kind}_scale")
+    if x.dtype != FP8_DTYPE:
+        return x[blocks, :, offsets].double()
+    codes = x.view(torch.uint8)[blocks, :, offsets].view(FP8_DTYPE).double()
     if scales is None:
-        return pages[blocks, :, offsets].double()
-    codes = pages.view(torch.uint8)[blocks, :, offsets].view(FP8_DTYPE)
-    return codes.double() * scales[blocks, :, offsets].double().unsqueeze(-1)
+        return codes * STATIC_SCALES[f"static_{kind}_scale"]
+    return codes * scales[blocks, :, offsets].double().unsqueeze(-1)

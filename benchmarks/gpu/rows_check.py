@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 from stepwire_executor.kernels.rope_and_write_kv.reference import quantise, rotate
-from stepwire_executor.kv_cache import FP8_DTYPE, KVCache, KVPages
+from stepwire_executor.kv_cache import FP8_DTYPE, FP8_MAX, KVCache, KVPages
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, poisoned
 from benchmarks.gpu.errors import BOUNDS, NO_ERROR, relative_error, worse
 from benchmarks.gpu.operations import make_batch, rms_norm, rope_and_write_kv, silu_and_mul
+from benchmarks.gpu.paged_sequences import (
+    STATIC_SCALES,
+    TAKES_STATIC_SCALES,
+    with_static_scales,
+)
+from benchmarks.gpu.paged_sequences import stored as stored_in
 from benchmarks.gpu.report import Outcome, Row
 
 _EPS = 1e-5
@@ -194,6 +200,19 @@ class _WriteCase:
         )
         rope_and_write_kv(query, self.key[rows], self.value[rows], self.angles, pages, batch)
 
+    def _check_static_scales(self, findings: _Findings, rows: slice) -> None:
+        """Values divided by one scale for all, those beyond 448 of it saturated."""
+        pages = with_static_scales(self.pages())
+        self.run(self.query.clone(), pages, rows)
+        blocks, offsets = self.slots[1:] // self.block_size, self.slots[1:] % self.block_size
+        scale = torch.full((1,), STATIC_SCALES["static_value_scale"], device=self.device)
+        codes = (self.value[1:].float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+        written = pages.value.view(torch.uint8)[blocks, :, offsets]
+        findings.require(
+            f"{self.name}: codes of a static scale are not the reference's",
+            torch.equal(written, codes.view(torch.uint8)),
+        )
+
     def check(self, findings: _Findings) -> None:
         """Errors, untouched slots, quantised bits and the bits of rows alone."""
         query, pages = self.query.clone(), self.pages()
@@ -210,7 +229,7 @@ class _WriteCase:
             ("keys", pages.key, pages.key_scale, rotated),
             ("values", pages.value, pages.value_scale, self.value[1:].double()),
         ):
-            got = _read(x, scales, blocks, offsets)
+            got = stored_in(pages, kind.removesuffix("s"), blocks, offsets)
             # Row by row, so that the one of 3,000 does not hide the others.
             for name, rows in (("", slice(2, None)), (" beyond 448", slice(1, 2))):
                 findings.compare(
@@ -234,6 +253,8 @@ class _WriteCase:
                     torch.equal(written, codes.view(torch.uint8))
                     and torch.equal(scales[blocks, :, offsets], scale.to(scales.dtype)),
                 )
+        if is_fp8 and TAKES_STATIC_SCALES:
+            self._check_static_scales(findings, everything)
         alone_query, alone = self.query.clone(), self.pages()
         for row in range(len(alone_query)):
             rows = slice(row, row + 1)
@@ -246,10 +267,3 @@ class _WriteCase:
                 for a, b in ((alone.key, pages.key), (alone.value, pages.value))
             ),
         )
-
-
-def _read(x: Tensor, scales: Tensor | None, blocks: Tensor, offsets: Tensor) -> Tensor:
-    if scales is None:
-        return x[blocks, :, offsets].double()
-    codes = x.view(torch.uint8)[blocks, :, offsets].view(FP8_DTYPE)
-    return codes.double() * scales[blocks, :, offsets].double().unsqueeze(-1)
