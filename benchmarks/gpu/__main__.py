@@ -2,6 +2,9 @@
 
 Run: python -m benchmarks.gpu [--only SECTION ...] [--list] [--rehearse]
 
+On a machine that keeps nothing: python3 -m benchmarks.gpu --results FOLDER, and bring the folder's
+file to benchmarks/results; `python -m benchmarks.tables` then writes it into docs/performance.md.
+
 Needs torch, triton, numpy, grpcio and protobuf; the end-to-end section also what the scheduler
 needs. Writes benchmarks/results/gpu_<device>.json when every section was asked for. The exit
 status is 1 where a result is wrong or a section failed; a missed speed target only reads "short".

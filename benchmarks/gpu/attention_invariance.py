@@ -74,8 +74,8 @@ class _Rows:
         # Beside a prompt, so that the step both decodes and prefills.
         prompt = len(self.queries) - 1
         chunks = [(prompt, 0, self.prompt), *(self.last_token(i) for i in range(self.num_watched))]
-        for i, out in enumerate(self.sequences.attend(self.queries, chunks)[1:]):
-            self.compare(f"row {i} beside a prompt", out, alone[i])
+        for i, row in enumerate(self.sequences.attend(self.queries, chunks)[1:]):
+            self.compare(f"row {i} beside a prompt", row, alone[i])
 
     def check_chunks(self, sizes: Iterable[int], decoded: Iterable[int]) -> None:
         """A prompt at once, in chunks, after a cached prefix, and token by token."""

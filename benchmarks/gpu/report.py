@@ -12,7 +12,7 @@ from benchmarks.gpu.targets import TARGETS
 Verdict = Literal["pass", "short", "FAIL", "report", "skipped"]
 """short: a speed below its target; FAIL: wrong, or an error."""
 
-_HEADER = ("what", "figure", "target", "denominator", "verdict")
+_HEADER = ("verdict", "what", "figure", "target", "denominator")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +104,7 @@ def exit_status(outcomes: Iterable[Outcome]) -> int:
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """Aligned columns for a terminal."""
-    lines = [_HEADER, *((r.what, r.figure, r.target, r.denominator, r.verdict) for r in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
-    lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    """A line a row, short enough that a whole run fits into what a terminal keeps."""
+    cells = [_HEADER, *((r.verdict, r.what, r.figure, r.target, r.denominator) for r in rows)]
+    width = max(len(line[0]) for line in cells)
+    return "\n".join(" | ".join((line[0].ljust(width), *line[1:])).rstrip(" |") for line in cells)

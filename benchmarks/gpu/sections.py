@@ -26,6 +26,8 @@ class Section:
     function: str
     timeout_s: float
     """After which its worker is ended."""
+    least_s: float = 5.0
+    """With less time than this it is not started."""
 
     def load(self) -> Callable[[Bench], Outcome]:
         """Import the function."""
@@ -35,9 +37,21 @@ class Section:
 
 
 def _section(
-    name: str, kind: Kind, module: str, function: str = "measure", timeout_s: float = 60.0
+    name: str,
+    kind: Kind,
+    module: str,
+    function: str = "measure",
+    timeout_s: float = 60.0,
+    least_s: float = 5.0,
 ) -> Section:
-    return Section(name=name, kind=kind, module=module, function=function, timeout_s=timeout_s)
+    return Section(
+        name=name,
+        kind=kind,
+        module=module,
+        function=function,
+        timeout_s=timeout_s,
+        least_s=least_s,
+    )
 
 
 CEILINGS = "ceilings"
@@ -63,5 +77,5 @@ SECTIONS = (
     _section("sampler-time", "benchmark", "sampler_time", timeout_s=40),
     _section("linear-decode", "benchmark", "linear_time", "measure_decode", 50),
     _section("linear-prefill", "benchmark", "linear_time", "measure_prefill", 40),
-    _section("end-to-end", "cluster", "end_to_end", timeout_s=300),
+    _section("end-to-end", "cluster", "end_to_end", timeout_s=300, least_s=60),
 )

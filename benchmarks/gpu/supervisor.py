@@ -18,15 +18,17 @@ from benchmarks.gpu.sections import CEILINGS, Section
 
 ROOT = Path(__file__).parents[2]
 _PACKAGES = (".", "protos", "scheduler", "executor", "client")
-_LEAST_S = 5.0
-"""A section is not started with less time than this."""
 _GRACE_S = 10.0
 _COMPILING_SHARE = 0.35
 """Part of the whole time in which benchmarks may still be compiled beside the checks."""
 
 
 class WorkerLostError(Exception):
-    """The worker ended or did not answer in time; the message says which."""
+    """The worker's process ended; the message says how."""
+
+
+class WorkerTimeoutError(WorkerLostError):
+    """The worker did not answer in time, and was ended."""
 
 
 class Worker:
@@ -57,7 +59,7 @@ class Worker:
             answer = self._answers.get(timeout=timeout_s)
         except queue.Empty:
             self._process.kill()
-            raise WorkerLostError(f"no end after {timeout_s:.0f} s") from None
+            raise WorkerTimeoutError(f"no end after {timeout_s:.0f} s") from None
         except BrokenPipeError:
             answer = ""
         if not answer:
@@ -157,9 +159,9 @@ class Supervisor:
             if is_warm_up and self.elapsed_s > _COMPILING_SHARE * self._budget_s:
                 continue
             remaining_s = self._budget_s - self.elapsed_s
-            if remaining_s < _LEAST_S:
-                reason = f"skipped: the {self._budget_s:.0f} s are spent"
-                self._book(section, skipped(section.name, reason), 0.0, is_warm_up)
+            spent = skipped(section.name, f"skipped: the {self._budget_s:.0f} s are spent")
+            if remaining_s < section.least_s:
+                self._book(section, spent, 0.0, is_warm_up)
                 continue
             if worker is None or not worker.is_running:
                 worker = Worker(self._environment)
@@ -178,7 +180,8 @@ class Supervisor:
                     timeout_s,
                 )
             except WorkerLostError as error:
-                outcome = failed(section.name, str(error))
+                is_cut = isinstance(error, WorkerTimeoutError) and timeout_s < section.timeout_s
+                outcome = spent if is_cut else failed(section.name, str(error))
                 worker.close()
                 worker = None
             self._book(section, outcome, time.monotonic() - begun, is_warm_up)

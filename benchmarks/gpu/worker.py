@@ -91,7 +91,7 @@ def replace_missing_structlog() -> None:
     sys.modules["structlog"] = module
 
 
-def _is_device_lost() -> bool:
+def _lost_device() -> bool:
     """Free what the section left, for the workers beside this one; True where that fails."""
     import torch
 
@@ -112,7 +112,7 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
         outcome = run(json.loads(line))
-        is_lost = _is_device_lost()
+        is_lost = _lost_device()
         answers.write(json.dumps(outcome.to_json()) + "\n")
         answers.flush()
         if is_lost:

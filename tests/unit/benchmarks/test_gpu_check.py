@@ -87,6 +87,13 @@ def test_a_short_figure_is_no_failure_and_a_wrong_result_is() -> None:
     assert report.exit_status([report.failed("x", "broken")]) == 1
 
 
+def test_the_table_of_a_whole_run_is_short() -> None:
+    rows = [Row.of_target(key, 1.0, denominator="copy, in turn, and a remark") for key in TARGETS]
+    table = report.text_table(rows * 4)
+    assert len(table.splitlines()) == 4 * len(TARGETS) + 1
+    assert len(table) < 11_000
+
+
 def test_an_outcome_survives_its_way_through_a_pipe() -> None:
     outcome = Outcome(
         rows=[Row.of_target("sampler", 0.2, denominator="d")], figures={"a": 1.0}, notes=["n"]
@@ -217,7 +224,7 @@ class _FakeWorker:
         assert timeout_s <= request["timeout_s"]
         if request["section"] == "decode":
             self.is_running = False
-            raise supervisor.WorkerLostError("no end after 60 s")
+            raise supervisor.WorkerTimeoutError("no end after 60 s")
         figures: dict[str, Any] = {}
         if request["section"] == "ceilings":
             figures = {"copy_bytes_per_s": 3e12, "times": {}}
@@ -255,6 +262,15 @@ def test_without_time_sections_are_skipped_by_name(monkeypatch: pytest.MonkeyPat
     outcomes = supervise(1.0)
     assert {outcome.rows[0].verdict for outcome in outcomes.values()} == {"skipped"}
     assert len(outcomes) == len(SECTIONS)
+
+
+def test_a_section_that_the_end_of_all_time_cuts_off_is_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "Worker", _FakeWorker)
+    decode = [section for section in SECTIONS if section.name == "decode"]
+    outcome = supervise(30.0, decode)["decode"]
+    assert outcome.rows[0].verdict == "skipped"
 
 
 def test_a_worker_that_ends_or_hangs_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
