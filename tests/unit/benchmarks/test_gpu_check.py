@@ -18,7 +18,16 @@ from stepwire_scheduler.tokenizer import load_tokenizer
 
 from benchmarks import tables
 from benchmarks.gpu import __main__ as gpu_check
-from benchmarks.gpu import device, end_to_end, report, results, supervisor, timing, worker
+from benchmarks.gpu import (
+    attention_prefill,
+    device,
+    end_to_end,
+    report,
+    results,
+    supervisor,
+    timing,
+    worker,
+)
 from benchmarks.gpu.errors import relative_error
 from benchmarks.gpu.model_directory import LLAMA_31_8B, SMALL, TINY, write_model
 from benchmarks.gpu.report import Outcome, Row
@@ -35,6 +44,31 @@ def test_without_a_cuda_device_one_line_says_so(
     monkeypatch.setattr(device, "ask", lambda: None)
     assert gpu_check.main([]) == 0
     assert capsys.readouterr().out == "gpu-check: skipped, torch sees no CUDA device\n"
+
+
+def test_a_device_is_described_without_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, major, minor = "NVIDIA H100 80GB HBM3", 9, 0
+        multi_processor_count, total_memory, L2_cache_size = 132, 80 << 30, 50 << 20
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(device, "_driver_version", lambda: None)
+    described = device.describe()
+    assert described is not None
+    assert (described["compute_capability"], described["memory_gib"]) == ("9.0", 80.0)
+    assert device.slug(described["name"]) == "nvidia-h100-80gb-hbm3"
+
+
+def test_scratch_memory_is_what_a_call_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CudaBench:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 8 << 20)
+    assert attention_prefill._scratch_mib(CudaBench(), lambda: None) == 5.0
 
 
 def test_a_torch_that_cannot_be_asked_is_an_error(
