@@ -20,6 +20,7 @@ from benchmarks import tables
 from benchmarks.gpu import __main__ as gpu_check
 from benchmarks.gpu import (
     attention_prefill,
+    decode_load,
     device,
     end_to_end,
     report,
@@ -362,12 +363,12 @@ def test_steps_are_counted_while_all_requests_decode() -> None:
         times = [first + gap * i for i in range(num_tokens)]
         return RequestRecord(sent_at=0.0, token_times=times, num_prompt_tokens=100)
 
-    steps = end_to_end.decode_steps([record(1.0, 0.5, 21), record(2.0, 0.5, 21)])
+    steps = decode_load.decode_steps([record(1.0, 0.5, 21), record(2.0, 0.5, 21)])
     assert steps.step_ms == pytest.approx(500.0)
     # From 2.0 to 11.0 s are 18 steps; 3 and 1 tokens came before.
     assert steps.context == pytest.approx(100 + (3 + 1) / 2 + 18 / 2)
     with pytest.raises(ValueError, match="never"):
-        end_to_end.decode_steps([record(1.0, 0.5, 2), record(9.0, 0.5, 2)])
+        decode_load.decode_steps([record(1.0, 0.5, 2), record(9.0, 0.5, 2)])
 
 
 def test_the_gap_is_the_devices_idle_time_between_steps_of_the_load(tmp_path: Path) -> None:
