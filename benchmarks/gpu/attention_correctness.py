@@ -48,7 +48,7 @@ def check_float16(bench: Bench) -> Outcome:
 
 def check_float32(bench: Bench) -> Outcome:
     """float32 queries over float32 pages, and over e4m3 ones."""
-    cases = _cases(bench, torch.float32, torch.float32, bench.pick((0, 2, 3), (0, 1)))
+    cases = _cases(bench, torch.float32, torch.float32, bench.pick((0, 2, 3, 4), (0, 1)))
     cases += _cases(bench, torch.float32, FP8_DTYPE, (0,))
     return _check(bench, "fp32 queries", cases)
 
