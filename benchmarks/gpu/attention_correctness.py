@@ -12,7 +12,6 @@ from benchmarks.gpu.bench import Bench, poisoned
 from benchmarks.gpu.errors import BOUNDS, NO_ERROR, Error, relative_error, worse
 from benchmarks.gpu.operations import default_split_tokens
 from benchmarks.gpu.paged_sequences import (
-    TAKES_STATIC_SCALES,
     AttentionCase,
     Chunk,
     PagedSequences,
@@ -58,8 +57,7 @@ def check_fp8(bench: Bench) -> Outcome:
     # The interpreter is right about bfloat16 as long as no product takes it.
     cases = _cases(bench, torch.bfloat16, FP8_DTYPE, bench.pick(None, (1,)))
     cases += _cases(bench, torch.float16, FP8_DTYPE, (0,))
-    if TAKES_STATIC_SCALES:
-        cases.append(dataclasses.replace(cases[0], has_static_scales=True))
+    cases.append(dataclasses.replace(cases[0], has_static_scales=True))
     return _check(bench, "fp8 pages", cases)
 
 

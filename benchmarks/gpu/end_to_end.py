@@ -120,11 +120,11 @@ def measure(bench: Bench) -> Outcome:
     config = bench.pick(LLAMA_31_8B, TINY)
     single = bench.pick(
         Load(num_requests=1, prompt_len=32, output_len=200, rounds=3),
-        Load(num_requests=1, prompt_len=8, output_len=6, rounds=1),
+        Load(num_requests=1, prompt_len=8, output_len=60, rounds=1),
     )
     many = bench.pick(
         Load(num_requests=64, prompt_len=1_024, output_len=160, rounds=1),
-        Load(num_requests=4, prompt_len=8, output_len=24, rounds=1),
+        Load(num_requests=4, prompt_len=8, output_len=60, rounds=1),
     )
     asked = bench.pick(
         Load(num_requests=12, prompt_len=300, output_len=24, rounds=1),

@@ -22,8 +22,6 @@ Chunk = tuple[int, int, int]
 _NAN_CODE = 0x7F
 STATIC_SCALES = {"static_key_scale": 0.03125, "static_value_scale": 0.07}
 """By the fields of KVPages; what they do not reach saturates."""
-TAKES_STATIC_SCALES = "static_key_scale" in {field.name for field in dataclasses.fields(KVPages)}
-"""Whether pages may have a scale a layer in place of one a token and head."""
 
 
 def with_static_scales(pages: KVPages) -> KVPages:
