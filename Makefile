@@ -6,7 +6,10 @@ PROTOS := $(shell find protos -name '*.proto')
 PROMPT ?= What is the capital of France?
 MODEL ?= smollm2-135m
 
-.PHONY: run serve test test-long kernels-compile check format protos bench clean
+# An interpreter with torch and triton, used as it is; by default .venv is set up and used.
+GPU_PYTHON ?=
+
+.PHONY: run serve test test-long kernels-compile gpu-check check format protos bench clean
 
 # One stamp a set of extras, so that `make run` does not wait for the developers' tools.
 $(VENV)/.run: pyproject.toml
@@ -35,6 +38,10 @@ test-long: $(VENV)/.dev
 # Every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU.
 kernels-compile: $(VENV)/.dev
 	$(BIN)/python -m stepwire_executor.kernels.compile_gate
+
+# Correctness, bits and figures on a GPU; skipped with one line where there is none.
+gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.dev)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu $(GPU_CHECK_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -3,7 +3,8 @@
 Run: python -m benchmarks.tables
 
 Text between `<!-- results: NAME -->` and `<!-- end -->` is replaced by what NAME.json holds, or
-says that it is not yet measured. Everything else stays.
+says that it is not yet measured. Everything else stays. The section of GPUs takes every
+gpu_*.json.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown_table
+from benchmarks.gpu import results as gpu_results
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NOT_MEASURED = "Not yet measured."
+GPU_SECTION = "gpu"
+"""Holds one result file a device, and its targets where there is none."""
 _SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Results of one script with other options.
 _MODULE_OF = {"transformers_static_float32": "transformers_static"}
@@ -33,6 +37,8 @@ def fill(page: str, results: Path) -> str:
 
 def section(name: str, results: Path) -> str:
     """A result's caption and table."""
+    if name == GPU_SECTION:
+        return f"\n{gpu_results.markdown(results)}\n"
     file = results / f"{name}.json"
     if not file.is_file():
         return f"\n{NOT_MEASURED}\n"
