@@ -6,9 +6,7 @@ The one place that knows their signatures, so that a change of one is a change h
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from stepwire_executor.batch import StepBatch
@@ -39,11 +37,6 @@ __all__ = [
 
 linear = linear_triton.linear
 pack_weight = linear_triton.pack_weight
-_SPLIT_NAME = (
-    "choose_split_tokens" if hasattr(attention_triton, "choose_split_tokens") else "SPLIT_TOKENS"
-)
-"""Where the attention's wrapper takes the length of a split from: a rule, or a constant."""
-_ATTENTION_PARAMETERS = frozenset(inspect.signature(attention_triton.paged_attention).parameters)
 
 
 def attend(
@@ -56,31 +49,25 @@ def attend(
     softcap: float | None = None,
 ) -> Tensor:
     """Attend as `interface.PagedAttention`, with what the batch says of its query lengths."""
-    known: dict[str, Any] = {}
-    if "max_query_len" in _ATTENTION_PARAMETERS:
-        known["max_query_len"] = batch.max_query_len
     return attention_triton.paged_attention(
-        query, pages, batch, scale=scale, sliding_window=window, softcap=softcap, **known
+        query, pages, batch, scale=scale, sliding_window=window, softcap=softcap
     )
 
 
 def default_split_tokens(max_context: int) -> int:
     """Tokens of context a split, where block tables hold max_context tokens a sequence."""
-    if _SPLIT_NAME == "SPLIT_TOKENS":
-        return int(attention_triton.SPLIT_TOKENS)
-    return int(attention_triton.choose_split_tokens(max_context))
+    return attention_triton.choose_split_tokens(max_context)
 
 
 @contextlib.contextmanager
 def split_tokens(num_tokens: int) -> Iterator[None]:
     """Let launches in the block cut the context into splits of num_tokens, a power of two."""
-    before = getattr(attention_triton, _SPLIT_NAME)
-    fixed = num_tokens if _SPLIT_NAME == "SPLIT_TOKENS" else lambda max_context: num_tokens
-    setattr(attention_triton, _SPLIT_NAME, fixed)
+    before = attention_triton.choose_split_tokens
+    attention_triton.choose_split_tokens = lambda max_context: num_tokens
     try:
         yield
     finally:
-        setattr(attention_triton, _SPLIT_NAME, before)
+        attention_triton.choose_split_tokens = before
 
 
 def make_batch(
