@@ -45,6 +45,10 @@ class KVPages:
     """[num_blocks, num_kv_heads, block_size] bfloat16."""
     value_scale: Tensor | None = None
     """As key_scale."""
+    key_offset: Tensor | None = None
+    """[num_kv_heads, head_dim] float32, what is taken from each key before it is mixed; only where
+    keys have scales of their own. All of a query's scores fall by the same number, which softmax
+    does not see, so nothing adds it back; a softcap would see it."""
     static_key_scale: float | None = None
     """Of every key of the layer; positive and finite."""
     static_value_scale: float | None = None
@@ -85,15 +89,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         static_scales: Sequence[StaticScales] | None = None,
+        key_offsets: Sequence[Tensor] | None = None,
     ) -> None:
         """Allocate zeroed pages; dtype float8_e4m3fn brings a bfloat16 scale a token and head.
 
         static_scales: one a layer, in place of those; only fp8 pages have any. On CPU a page takes
-        memory when it is first written. Raises MemoryError, or RuntimeError on other devices,
-        where the pages cannot be had.
+        memory when it is first written. key_offsets: as KVPages.key_offset, one a layer; only fp8
+        pages without static scales have any. Raises MemoryError, or RuntimeError on other
+        devices, where the pages cannot be had.
         """
         if static_scales is not None and (dtype != FP8_DTYPE or len(static_scales) != num_layers):
             raise ValueError("static scales go with float8_e4m3fn pages, one pair a layer")
+        has_scales = dtype == FP8_DTYPE and static_scales is None
+        if key_offsets is not None and (not has_scales or len(key_offsets) != num_layers):
+            raise ValueError("key offsets go with a scale a token and head, one tensor a layer")
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -108,21 +117,23 @@ class KVCache:
         )
 
         def scales() -> Tensor | None:
-            if dtype != FP8_DTYPE or static_scales is not None:
+            if not has_scales:
                 return None
             return _zeros(shape[:3], SCALE_DTYPE, device)
 
         layers: Sequence[StaticScales | None] = static_scales or [None] * num_layers
+        offsets: Sequence[Tensor | None] = key_offsets or [None] * num_layers
         self.layers = tuple(
             KVPages(
                 key=_zeros(shape, dtype, device),
                 value=_zeros(shape, dtype, device),
                 key_scale=scales(),
                 value_scale=scales(),
+                key_offset=offset,
                 static_key_scale=None if static is None else static.key,
                 static_value_scale=None if static is None else static.value,
             )
-            for static in layers
+            for static, offset in zip(layers, offsets, strict=True)
         )
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:

@@ -15,6 +15,7 @@ from stepwire.executor.v1.executor_pb2 import Admission, SamplingParams, StepPla
 from stepwire_executor.config import ExecutorConfig, resolve_capacity
 from stepwire_executor.device import choose_device, device_label
 from stepwire_executor.engine.building import EngineParts, build_device_engine, build_host_engine
+from stepwire_executor.engine.key_offsets import measure_key_offsets
 from stepwire_executor.host import usable_cores
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.kv_cache import FP8_DTYPE
@@ -54,6 +55,14 @@ def load_runner(
         has_fp8_kv_cache=config.kv_cache_dtype == "fp8",
         on_progress=lambda phase, fraction: on_progress(phase, _MODEL_SHARE * fraction),
     )
+    kv_dtype = FP8_DTYPE if config.kv_cache_dtype == "fp8" else model.dtype
+    key_offsets = None
+    if kv_dtype == FP8_DTYPE:
+        is_dynamic = model.static_kv_scales is None
+        _log.info("kv_cache_scales", source="each vector" if is_dynamic else "checkpoint")
+        if is_dynamic:
+            on_progress("centre keys", _MODEL_SHARE)
+            key_offsets = measure_key_offsets(model, device)
     on_progress("allocate KV cache", _MODEL_SHARE)
     parts = EngineParts(
         config=config,
@@ -61,11 +70,9 @@ def load_runner(
         model=model,
         kernels=kernels,
         device=device,
-        kv_dtype=FP8_DTYPE if config.kv_cache_dtype == "fp8" else model.dtype,
+        kv_dtype=kv_dtype,
+        key_offsets=key_offsets,
     )
-    if parts.kv_dtype == FP8_DTYPE:
-        is_dynamic = model.static_kv_scales is None
-        _log.info("kv_cache_scales", source="each vector" if is_dynamic else "checkpoint")
     # Triton's kernels get the engine they are for, also where an interpreter runs them.
     is_device = device.type != "cpu" or kernels.is_capturable
     build = build_device_engine if is_device else build_host_engine

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stepwire_executor.engine.key_offsets import measure_key_offsets
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.kv_cache import FP8_DTYPE
 from stepwire_executor.model import LoadedModel, load_model
@@ -30,7 +31,8 @@ def exact(model: LoadedModel) -> fp8_kv.Reader:
 
 @pytest.fixture(scope="module")
 def quantised(model: LoadedModel) -> fp8_kv.Reader:
-    return fp8_kv.Reader(model, WINDOWS.num_tokens, kv_dtype=FP8_DTYPE)
+    offsets = measure_key_offsets(model, CPU)
+    return fp8_kv.Reader(model, WINDOWS.num_tokens, kv_dtype=FP8_DTYPE, key_offsets=offsets)
 
 
 def test_perplexity_of_english_stays_within_1_percent(

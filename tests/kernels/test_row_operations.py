@@ -136,18 +136,22 @@ class RopeCase:
         head_dim: int = 64,
         rotary_dim: int = 64,
         static: StaticScales | None = None,
+        has_offset: bool = False,
     ) -> RopeCase:
         """Build views of one fused projection, as the model has them."""
         seq_lens = [n + 3 for n in query_lens]
         num_tokens = sum(query_lens)
         fused = torch.randn(num_tokens, 9 * head_dim).to(dtype)
         heads = fused.view(num_tokens, 9, head_dim)
+        pages = poisoned_pages((num_blocks(seq_lens, 16), 2, 16, head_dim), page_dtype, static)
+        if has_offset:
+            pages = dataclasses.replace(pages, key_offset=3 * torch.randn(2, head_dim))
         return cls(
             query=heads[:, :5],
             key=heads[:, 5:7],
             value=heads[:, 7:],
             table=angles(max(seq_lens), rotary_dim),
-            pages=poisoned_pages((num_blocks(seq_lens, 16), 2, 16, head_dim), page_dtype, static),
+            pages=pages,
             batch=make_batch(query_lens, seq_lens),
         )
 
@@ -157,18 +161,33 @@ class RopeCase:
         )
 
 
-@pytest.mark.parametrize("page_dtype", [*DTYPES, FP8_DTYPE])
+PAGE_KINDS = [*((dtype, False) for dtype in DTYPES), (FP8_DTYPE, False), (FP8_DTYPE, True)]
+
+
+@pytest.mark.parametrize(("page_dtype", "has_offset"), PAGE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (20, 12)])
 def test_queries_turn_and_keys_and_values_are_stored(
-    kernels: Kernels, dtype: torch.dtype, page_dtype: torch.dtype, head_dim: int, rotary_dim: int
+    kernels: Kernels,
+    dtype: torch.dtype,
+    page_dtype: torch.dtype,
+    head_dim: int,
+    rotary_dim: int,
+    has_offset: bool,
 ) -> None:
     case = RopeCase.make(
-        dtype, page_dtype, query_lens=[1, 20], head_dim=head_dim, rotary_dim=rotary_dim
+        dtype,
+        page_dtype,
+        query_lens=[1, 20],
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        has_offset=has_offset,
     )
     query = rotated(case.query, case.table, case.batch.positions)
     key = rotated(case.key, case.table, case.batch.positions)
     value = case.value.double()
+    if case.pages.key_offset is not None:
+        key = key - case.pages.key_offset.double()
     if page_dtype == FP8_DTYPE:
         size = {64: 64, 80: 16, 20: 2}[head_dim]
         query, key = mixed(query, size), mixed(key, size)
@@ -199,6 +218,67 @@ def test_a_key_has_the_scale_of_four_that_rounds_it_best(kernels: Kernels) -> No
     error, plain_error = ((x - key).square().sum(dim=-1) for x in (got, plain))
     assert bool((error <= plain_error * (1 + 1e-4)).all())
     assert float(error.sum()) < 0.95 * float(plain_error.sum())
+
+
+def test_an_offset_of_zero_changes_nothing(kernels: Kernels) -> None:
+    case = RopeCase.make(torch.float32, FP8_DTYPE, query_lens=[20])
+    pages = {x.name: getattr(case.pages, x.name) for x in dataclasses.fields(case.pages)}
+    copies = {name: x.clone() for name, x in pages.items() if isinstance(x, Tensor)}
+    zero = dataclasses.replace(case.pages, **copies, key_offset=torch.zeros(2, 64))
+    other = dataclasses.replace(case, query=case.query.clone(), pages=zero)
+    case.run(kernels)
+    other.run(kernels)
+    assert torch.equal(case.query, other.query)
+    assert torch.equal(case.pages.key.view(torch.uint8), zero.key.view(torch.uint8))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_attention_does_not_see_the_offset_but_for_what_it_saves(
+    kernels: Kernels, sign: int
+) -> None:
+    """A common part of keys is what an offset is for; of the wrong sign it doubles the error."""
+    case = RopeCase.make(torch.float32, torch.float32, query_lens=[40])
+    batch = make_batch([40], [40])
+    common = 4 * torch.randn(2, 64)
+    still = torch.zeros_like(case.table)
+    still[:, :32] = 1.0  # no rotation
+    case.key.add_(common)
+    fp8 = poisoned_pages(tuple(case.pages.key.shape), FP8_DTYPE)  # type: ignore[arg-type] # four numbers
+    results = []
+    for pages in (
+        case.pages,
+        fp8,
+        dataclasses.replace(fp8, key_offset=sign * common),
+    ):
+        query = case.query[:, :4].clone()
+        kernels.rope_and_write_kv(query, case.key, case.value, still, pages, batch)
+        results.append(kernels.paged_attention(query, pages, batch, scale=0.125))
+    exact, plain, centred = results
+    error, plain_error = (float((x - exact).square().mean().sqrt()) for x in (centred, plain))
+    assert plain_error < 0.2 * float(exact.std())
+    if sign > 0:
+        assert error < 0.6 * plain_error
+    else:
+        assert error > 1.2 * plain_error
+
+
+def test_offsets_that_pages_cannot_have_are_refused(native: Kernels) -> None:
+    case = RopeCase.make(torch.float32, FP8_DTYPE, query_lens=[2], has_offset=True)
+    offset = case.pages.key_offset
+    assert offset is not None
+    for wrong in (offset[:1], offset.double(), torch.zeros(64, 2).T):
+        with pytest.raises(ValueError, match="key_offset"):
+            dataclasses.replace(case, pages=dataclasses.replace(case.pages, key_offset=wrong)).run(
+                native
+            )
+    plain = RopeCase.make(torch.float32, torch.float32, query_lens=[2])
+    pages = dataclasses.replace(plain.pages, key_offset=offset)
+    with pytest.raises(ValueError, match="key_offset"):
+        dataclasses.replace(plain, pages=pages).run(native)
+    with pytest.raises(ValueError, match="softcap"):
+        native.paged_attention(
+            case.query[:, :4].contiguous(), case.pages, case.batch, scale=1.0, softcap=30.0
+        )
 
 
 def test_no_slot_but_the_named_ones_is_written(kernels: Kernels) -> None:

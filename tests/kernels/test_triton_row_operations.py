@@ -130,18 +130,23 @@ class Case:
         num_heads: int = 9,
         num_kv_heads: int = 2,
         static: StaticScales | None = None,
+        has_offset: bool = False,
     ) -> Case:
         """Build views of one fused projection, as the model has them."""
         seq_lens = [n + 3 for n in query_lens]
         num_tokens, total = sum(query_lens), num_heads + 2 * num_kv_heads
         heads = torch.randn(num_tokens, total, head_dim, device=DEVICE).to(dtype)
         shape = (num_blocks(seq_lens, 16), num_kv_heads, 16, head_dim)
+        pages = on_device(poisoned_pages(shape, page_dtype, static))
+        if has_offset:
+            offset = 3 * torch.randn(num_kv_heads, head_dim, device=DEVICE)
+            pages = dataclasses.replace(pages, key_offset=offset)
         return cls(
             query=heads[:, :num_heads],
             key=heads[:, num_heads : num_heads + num_kv_heads],
             value=heads[:, num_heads + num_kv_heads :],
             table=angles(max(seq_lens), rotary_dim).to(DEVICE),
-            pages=on_device(poisoned_pages(shape, page_dtype, static)),
+            pages=pages,
             batch=on_device(make_batch(query_lens, seq_lens)),
         )
 
@@ -163,13 +168,23 @@ class Case:
         )
 
 
-@pytest.mark.parametrize("page_dtype", [*DTYPES, FP8_DTYPE])
+PAGE_KINDS = [*((dtype, False) for dtype in DTYPES), (FP8_DTYPE, False), (FP8_DTYPE, True)]
+
+
+@pytest.mark.parametrize(("page_dtype", "has_offset"), PAGE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (20, 12)])
 def test_queries_and_pages_are_the_references(
-    dtype: torch.dtype, page_dtype: torch.dtype, head_dim: int, rotary_dim: int
+    dtype: torch.dtype, page_dtype: torch.dtype, has_offset: bool, head_dim: int, rotary_dim: int
 ) -> None:
-    case = Case.make(dtype, page_dtype, query_lens=[1, 4], head_dim=head_dim, rotary_dim=rotary_dim)
+    case = Case.make(
+        dtype,
+        page_dtype,
+        query_lens=[1, 4],
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        has_offset=has_offset,
+    )
     case.batch.slot_mapping[2] = -1
     other = case.copy()
     case.run()

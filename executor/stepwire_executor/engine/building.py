@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 import torch
+from torch import Tensor
 
 from stepwire_executor.config import Capacity, ExecutorConfig
 from stepwire_executor.device import peak_bytes, total_and_used_bytes
@@ -53,6 +54,8 @@ class EngineParts:
     device: torch.device
     kv_dtype: torch.dtype
     """Of KV pages."""
+    key_offsets: tuple[Tensor, ...] | None = None
+    """What each layer's fp8 keys are centred by; see `engine.key_offsets`."""
 
     @property
     def block_bytes(self) -> int:
@@ -67,6 +70,7 @@ class EngineParts:
                 num_blocks=num_blocks,
                 device=self.device,
                 static_scales=self.model.static_kv_scales,
+                key_offsets=self.key_offsets,
                 **self._geometry,
             )
         except (MemoryError, RuntimeError):

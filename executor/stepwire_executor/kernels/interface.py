@@ -47,7 +47,8 @@ class RopeAndWriteKV(Protocol):
         cos_sin: [max_positions, rotary_dim] float32, cosines then sines; neox order: element i
         pairs with i + rotary_dim / 2. batch.slot_mapping of -1 stores nothing.
         fp8 pages with a scale a token and head: query and key are also mixed by an orthogonal
-        matrix, which leaves their products as they are (`mix` of the reference); scale =
+        matrix, which leaves their products as they are (`mix` of the reference); before that
+        pages.key_offset, where there is one, is taken from the key; scale =
         max(amax, tiny) / 448, rounded up to bfloat16, and NaN where the vector is not finite,
         which then reads as NaN throughout. With static scales nothing is mixed, what they do not
         reach saturates at 448 of them, and what is not finite becomes NaN.

@@ -47,6 +47,8 @@ def test_the_table_has_a_row_a_cache() -> None:
         "bytes_per_token_ratio": 0.516,
         "perplexity": 20.0,
         "perplexity_ratio": 1.002,
+        "held_out_perplexity": 21.0,
+        "held_out_perplexity_ratio": 1.003,
         "agreement": 0.97,
     }
     caches = (fp8_kv.BFLOAT16, fp8_kv.FP8, fp8_kv.FP8_STATIC)
@@ -59,4 +61,4 @@ def test_the_table_has_a_row_a_cache() -> None:
         }
     )
     assert all(f"| {name} |" in shown for name in caches)
-    assert all(cell in shown for cell in ("51.6%", "+0.20%", "97.0%", "1,280"))
+    assert all(cell in shown for cell in ("51.6%", "+0.20%", "+0.30%", "97.0%", "1,280"))

@@ -34,7 +34,7 @@ _SIGNATURES: dict[str, tuple[type[ctypes.c_int64] | None, str]] = {
     "stepwire_linear": (None, "pi pi pi pi iiii"),
     "stepwire_rms_norm": (None, "piii pi ppf iiii"),
     "stepwire_silu_and_mul": (None, "pii p iii"),
-    "stepwire_rope_and_write_kv": (_INT, "pii pii pii i pii pp pppp iii iiiii fff i"),
+    "stepwire_rope_and_write_kv": (_INT, "pii pii pii i pii pp ppppp iii iiiii fff i"),
     "stepwire_paged_attention": (_INT, "piii pppp ii pppi p iiiii f i ff i"),
     "stepwire_sample": (None, "piii pppp ppp pp i"),
     "stepwire_gumbel_noise": (None, "iiii pp"),

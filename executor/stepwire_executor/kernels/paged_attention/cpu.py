@@ -27,7 +27,7 @@ def make_paged_attention(library: NativeLibrary) -> PagedAttention:
     ) -> Tensor:
         _, num_heads, head_dim = query.shape
         num_blocks, num_kv_heads, block_size, _ = pages.key.shape
-        check_pages(pages, head_dim)
+        check_pages(pages, head_dim, has_softcap=softcap is not None)
         if query.dtype not in COMPUTE_DTYPES:
             raise ValueError(f"query must be float32, bfloat16 or float16, not {query.dtype}")
         if num_heads % num_kv_heads:

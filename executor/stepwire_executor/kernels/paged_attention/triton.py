@@ -218,7 +218,7 @@ def _check(
         raise ValueError(f"{num_heads} query heads do not divide into {num_kv_heads} KV heads")
     if pages.key.shape[3] != head_dim or pages.value.shape != pages.key.shape:
         raise ValueError(f"pages of shape {tuple(pages.key.shape)} do not hold {head_dim} elements")
-    check_pages(pages, head_dim)
+    check_pages(pages, head_dim, has_softcap=softcap is not None)
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
     if sliding_window is not None and sliding_window < 1:

@@ -85,6 +85,7 @@ def make_rope_and_write_kv(library: NativeLibrary) -> RopeAndWriteKV:
             pages.value.data_ptr(),
             0 if pages.key_scale is None else pages.key_scale.data_ptr(),
             0 if pages.value_scale is None else pages.value_scale.data_ptr(),
+            0 if pages.key_offset is None else pages.key_offset.data_ptr(),
             DTYPE_CODES[pages.key.dtype],
             num_blocks * block_size,
             block_size,

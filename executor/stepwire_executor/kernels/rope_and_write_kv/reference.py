@@ -151,6 +151,8 @@ def rope_and_write_kv(
     angles = cos_sin[batch.positions]
     turned, rotated = rotate(query, angles), rotate(key, angles)
     if pages.key_scale is not None:
+        if pages.key_offset is not None:
+            rotated = rotated - pages.key_offset
         size = mixing_size(query.shape[-1], cos_sin.shape[-1])
         turned, rotated = mix(turned, size), mix(rotated, size)
     query.copy_(turned)

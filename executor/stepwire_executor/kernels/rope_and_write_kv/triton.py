@@ -120,6 +120,7 @@ def rope_and_write_kv_kernel(
     value_pages_ptr,  # as key_pages_ptr
     key_scale_ptr,  # [num_blocks, num_kv_heads, block_size] int16, bfloat16's bits, or None
     value_scale_ptr,  # as key_scale_ptr
+    key_offset_ptr,  # [num_kv_heads, head_dim] float32, contiguous, or None
     query_token_stride,
     query_head_stride,
     key_token_stride,
@@ -189,6 +190,11 @@ def rope_and_write_kv_kernel(
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
+        if key_offset_ptr is not None:
+            offset_ptrs = key_offset_ptr + heads[:, None] * HEAD_DIM + column[None, :]
+            is_offset = mask & (is_query == 0)
+            first -= tl.load(offset_ptrs, mask=is_offset, other=0.0)
+            second -= tl.load(offset_ptrs + HALF, mask=is_offset, other=0.0)
         if MIXING_FACTOR < 1.0:
             first = _mix(first, BLOCK_HEADS, BLOCK_HALF, LOG_MIXED)
             second = _mix(second, BLOCK_HEADS, BLOCK_HALF, LOG_MIXED)
@@ -232,6 +238,10 @@ def rope_and_write_kv_kernel(
                 rest_ptrs = source_ptr + heads[:, None] * head_stride
                 rest_ptrs += ROTARY_DIM + rest_column[None, :]
                 rest = tl.load(rest_ptrs, mask=rest_mask, other=0.0).to(tl.float32)
+                if key_offset_ptr is not None:
+                    offset_ptrs = key_offset_ptr + heads[:, None] * HEAD_DIM + ROTARY_DIM
+                    is_offset = rest_mask & (is_value == 0)
+                    rest -= tl.load(offset_ptrs + rest_column[None, :], mask=is_offset, other=0.0)
                 if MIXING_FACTOR < 1.0:
                     mixed = _mix(rest, BLOCK_HEADS, BLOCK_REST, LOG_MIXED) * MIXING_FACTOR
                     rest = tl.where(is_value, rest, mixed)
@@ -324,6 +334,7 @@ def rope_and_write_kv(
         pages.value.view(torch.uint8) if is_fp8 else pages.value,
         None if pages.key_scale is None else pages.key_scale.view(torch.int16),
         None if pages.value_scale is None else pages.value_scale.view(torch.int16),
+        pages.key_offset,
         query.stride(0),
         query.stride(1),
         key.stride(0),
@@ -384,7 +395,7 @@ def _case(
     )  # fmt: skip
     constexprs = _constexprs(head_dim, rotary_dim, page_dtype, has_scales)
     if not has_scales:
-        constexprs |= {"key_scale_ptr": None, "value_scale_ptr": None}
+        constexprs |= {"key_scale_ptr": None, "value_scale_ptr": None, "key_offset_ptr": None}
     return CompileCase(
         name=f"rope_and_write_kv {kind[1:]} to {TRITON_TYPES[page_dtype]} {head_dim}/{rotary_dim}"
         + (" static" if is_static else ""),
@@ -400,6 +411,7 @@ def _case(
             "value_pages_ptr": page_kind,
             "key_scale_ptr": "*i16",
             "value_scale_ptr": "*i16",
+            "key_offset_ptr": "*fp32",
             "static_key_scale": "fp32",
             "static_value_scale": "fp32",
         }

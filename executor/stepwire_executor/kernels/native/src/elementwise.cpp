@@ -85,6 +85,7 @@ struct RopeCall {
   void* value_pages;
   bf16* key_scales;
   bf16* value_scales;
+  const float* key_offset;  // [num_kv_heads, head_dim], of keys with scales, or null
   int64_t num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size;
   int64_t mixing_size;  // elements that are mixed, a power of two; 1: none
   float min_amax;
@@ -101,6 +102,10 @@ void rotate(float* x, const float* cos_sin, int64_t half) {
     put(x, fma(a, c, -(b * s)));
     put(second, fma(b, c, a * s));
   });
+}
+
+void subtract(float* x, const float* offset, int64_t n) {
+  for_vectors(n, [&](int64_t, auto get, auto put) { put(x, get(x) - get(offset)); });
 }
 
 // Multiplies each stretch of size elements by the Hadamard matrix over sqrt(size).
@@ -211,6 +216,7 @@ void rope_and_write_kv(const RopeCall& call) {
                        head * call.key_strides[1];
         widen_row(key, row, call.head_dim);
         rotate(row, cos_sin, half);
+        if (call.key_offset) subtract(row, call.key_offset + head * call.head_dim, call.head_dim);
         mix(row, call.head_dim, call.mixing_size);
         write_row<Page>(row, call.key_pages, call.key_scales, call.static_key_scale, vector,
                         call.head_dim, call.min_amax, true);
@@ -282,14 +288,15 @@ extern "C" void stepwire_silu_and_mul(const void* x, int64_t stride, int64_t dty
 
 // Strides are in elements, of tokens and heads. Returns 0, 1 if a position lies outside cos_sin
 // or 2 if a slot lies outside the pages; nothing is written then. Scales are null unless pages are
-// e4m3 with a scale a token; without them e4m3 pages hold multiples of the static scales.
+// e4m3 with a scale a token; without them e4m3 pages hold multiples of the static scales, and
+// key_offset, which may be null anyway, is null.
 extern "C" int64_t stepwire_rope_and_write_kv(
     void* query, int64_t query_token_stride, int64_t query_head_stride, const void* key,
     int64_t key_token_stride, int64_t key_head_stride, const void* value,
     int64_t value_token_stride, int64_t value_head_stride, int64_t dtype, const float* cos_sin,
     int64_t max_positions, int64_t rotary_dim, const int64_t* positions, const int64_t* slots,
     void* key_pages, void* value_pages, void* key_scales, void* value_scales,
-    int64_t page_dtype, int64_t num_slots, int64_t block_size, int64_t num_tokens,
+    const float* key_offset, int64_t page_dtype, int64_t num_slots, int64_t block_size, int64_t num_tokens,
     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t mixing_size,
     float min_amax, float static_key_scale, float static_value_scale, int64_t num_threads) {
   using namespace stepwire;
@@ -310,6 +317,7 @@ extern "C" int64_t stepwire_rope_and_write_kv(
                       value_pages,
                       static_cast<bf16*>(key_scales),
                       static_cast<bf16*>(value_scales),
+                      key_offset,
                       num_tokens,
                       num_heads,
                       num_kv_heads,
