@@ -189,12 +189,13 @@ def test_queries_and_pages_are_the_references(
     other = case.copy()
     case.run()
     other.run_reference()
-    assert_close(case.query, other.query.double(), dtype)
+    # Both are rounded, so that they may lie a whole step apart.
+    torch.testing.assert_close(case.query, other.query, rtol=2.02 * ULP[dtype], atol=2e-6)
     # Values are not rotated: they are the same, bit for bit, NaN of what nothing wrote included.
     bits = torch.uint8
     assert torch.equal(case.pages.value.view(bits), other.pages.value.view(bits))
     if page_dtype != FP8_DTYPE:
-        rtol = 1.01 * max(ULP[page_dtype], ULP[torch.float32])
+        rtol = 2.02 * max(ULP[page_dtype], ULP[torch.float32])
         torch.testing.assert_close(
             case.pages.key.double(), other.pages.key.double(), rtol=rtol, atol=2e-6, equal_nan=True
         )

@@ -191,10 +191,10 @@ def rope_and_write_kv_kernel(
         second = second * cos + first * sin
         first = turned
         if key_offset_ptr is not None:
-            offset_ptrs = key_offset_ptr + heads[:, None] * HEAD_DIM + column[None, :]
-            is_offset = mask & (is_query == 0)
-            first -= tl.load(offset_ptrs, mask=is_offset, other=0.0)
-            second -= tl.load(offset_ptrs + HALF, mask=is_offset, other=0.0)
+            if not is_query:
+                offset_ptrs = key_offset_ptr + heads[:, None] * HEAD_DIM + column[None, :]
+                first -= tl.load(offset_ptrs, mask=mask, other=0.0)
+                second -= tl.load(offset_ptrs + HALF, mask=mask, other=0.0)
         if MIXING_FACTOR < 1.0:
             first = _mix(first, BLOCK_HEADS, BLOCK_HALF, LOG_MIXED)
             second = _mix(second, BLOCK_HEADS, BLOCK_HALF, LOG_MIXED)
@@ -239,9 +239,10 @@ def rope_and_write_kv_kernel(
                 rest_ptrs += ROTARY_DIM + rest_column[None, :]
                 rest = tl.load(rest_ptrs, mask=rest_mask, other=0.0).to(tl.float32)
                 if key_offset_ptr is not None:
-                    offset_ptrs = key_offset_ptr + heads[:, None] * HEAD_DIM + ROTARY_DIM
-                    is_offset = rest_mask & (is_value == 0)
-                    rest -= tl.load(offset_ptrs + rest_column[None, :], mask=is_offset, other=0.0)
+                    if not is_value:
+                        offset_ptrs = key_offset_ptr + heads[:, None] * HEAD_DIM + ROTARY_DIM
+                        offset_ptrs += rest_column[None, :]
+                        rest -= tl.load(offset_ptrs, mask=rest_mask, other=0.0)
                 if MIXING_FACTOR < 1.0:
                     mixed = _mix(rest, BLOCK_HEADS, BLOCK_REST, LOG_MIXED) * MIXING_FACTOR
                     rest = tl.where(is_value, rest, mixed)
