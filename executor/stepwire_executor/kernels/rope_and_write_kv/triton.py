@@ -190,7 +190,7 @@ def rope_and_write_kv_kernel(
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
-        if key_offset_ptr is not None:
+        if key_offset_ptr is not None:  # noqa: SIM102 # known to the compiler, unlike the next
             if not is_query:
                 offset_ptrs = key_offset_ptr + heads[:, None] * HEAD_DIM + column[None, :]
                 first -= tl.load(offset_ptrs, mask=mask, other=0.0)
@@ -238,7 +238,7 @@ def rope_and_write_kv_kernel(
                 rest_ptrs = source_ptr + heads[:, None] * head_stride
                 rest_ptrs += ROTARY_DIM + rest_column[None, :]
                 rest = tl.load(rest_ptrs, mask=rest_mask, other=0.0).to(tl.float32)
-                if key_offset_ptr is not None:
+                if key_offset_ptr is not None:  # noqa: SIM102 # as above
                     if not is_value:
                         offset_ptrs = key_offset_ptr + heads[:, None] * HEAD_DIM + ROTARY_DIM
                         offset_ptrs += rest_column[None, :]
