@@ -47,8 +47,8 @@ def test_the_table_has_a_row_a_cache() -> None:
         "bytes_per_token_ratio": 0.516,
         "perplexity": 20.0,
         "perplexity_ratio": 1.002,
-        "held_out_perplexity": 21.0,
-        "held_out_perplexity_ratio": 1.003,
+        "second_perplexity": 21.0,
+        "second_perplexity_ratio": 1.003,
         "agreement": 0.97,
     }
     caches = (fp8_kv.BFLOAT16, fp8_kv.FP8, fp8_kv.FP8_STATIC)
