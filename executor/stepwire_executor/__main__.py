@@ -10,7 +10,7 @@ from typing import Any
 
 from stepwire_executor.config import ExecutorConfig, parse_config
 from stepwire_executor.errors import ConfigError, ListenError
-from stepwire_executor.host import usable_cores
+from stepwire_executor.host import default_num_threads
 
 USAGE_STATUS = 2
 SPIN_COUNT = "1000"
@@ -47,7 +47,7 @@ def set_thread_environment(config: ExecutorConfig, environ: MutableMapping[str, 
 
     What the operator set stays.
     """
-    num_threads = config.num_threads or usable_cores()
+    num_threads = config.num_threads or default_num_threads(config)
     environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

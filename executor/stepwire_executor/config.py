@@ -6,10 +6,11 @@ import argparse
 import ipaddress
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, NoReturn, cast
 
 from stepwire_executor.errors import ConfigError
+from stepwire_executor.parallel.torchrun import torchrun_settings
 
 ENVIRONMENT_PREFIX = "STEPWIRE_EXECUTOR_"
 
@@ -225,6 +226,54 @@ class ExecutorConfig:
         ),
     )
     """Where weights come from."""
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata=_setting(
+            _integer(low=1, high=1_024), "executors that compute the model together"
+        ),
+    )
+    """Ranks of the group that this process belongs to."""
+    rank: int = field(
+        default=0,
+        metadata=_setting(_integer(low=0, high=1_023), "place of this executor among them"),
+    )
+    """Place in the group, from 0."""
+    master_address: str | None = field(
+        default=None,
+        metadata=_setting(
+            _address,
+            "where rank 0 has the store through which ranks find one another",
+            metavar="HOST:PORT",
+        ),
+    )
+    """HOST:PORT of torch.distributed's store; None in a group of one."""
+    local_rank: int = field(
+        default=0,
+        metadata=_setting(
+            _integer(low=0, high=1_023),
+            "place among the ranks of this machine: the GPU that --device auto takes",
+        ),
+    )
+    """Place among the ranks of this machine."""
+    local_world_size: int = field(
+        default=1,
+        metadata=_setting(
+            _integer(low=1, high=1_024), "ranks of this machine, which share its cores"
+        ),
+    )
+    """Ranks of this machine."""
+    external_store: bool = field(
+        default=False,
+        metadata=_setting(_boolean, "another process has the store, as under torchrun"),
+    )
+    """Whether rank 0 leaves the store to another process."""
+    group_id: str = field(
+        default="",
+        metadata=_setting(
+            str, "tells this start of the group from others in the same store", metavar="TEXT"
+        ),
+    )
+    """Prefix of the group's keys in the store."""
     log_level: LogLevel = field(
         default="info",
         metadata=_setting(
@@ -298,6 +347,7 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> ExecutorCon
     Raises ConfigError with one line for each bad setting; SystemExit for --help.
     """
     arguments = vars(_parser().parse_args(argv))
+    by_torchrun = torchrun_settings(environ)
     values: dict[str, Any] = {}
     problems: list[str] = []
     for each in fields(ExecutorConfig):
@@ -305,6 +355,9 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> ExecutorCon
         if text is None:
             source = ENVIRONMENT_PREFIX + each.name.upper()
             text = environ.get(source)
+        if text is None:
+            source = f"{_flag(each.name)}, by torchrun,"
+            text = by_torchrun.get(each.name)
         if text is None:
             if each.default is MISSING:
                 problems.append(f"{_flag(each.name)} is required")
@@ -316,10 +369,20 @@ def parse_config(argv: Sequence[str], environ: Mapping[str, str]) -> ExecutorCon
             problems.append(f"{source} {error}")
     if not problems:
         config = ExecutorConfig(**values)
+        if "local_rank" in by_torchrun:
+            config = _with_own_port(config)
         problems.extend(_contradictions(config))
         if not problems:
             return config
     raise ConfigError(tuple(problems))
+
+
+def _with_own_port(config: ExecutorConfig) -> ExecutorConfig:
+    """torchrun gives every rank the same flags: each listens one port after the rank before."""
+    host, _, port = config.listen.rpartition(":")
+    if port == "0":
+        return config
+    return replace(config, listen=f"{host}:{int(port) + config.local_rank}")
 
 
 def _contradictions(config: ExecutorConfig) -> list[str]:
@@ -335,6 +398,16 @@ def _contradictions(config: ExecutorConfig) -> list[str]:
         problems.append(
             f"--listen {config.listen} is beyond loopback and nothing authenticates peers: "
             "listen on 127.0.0.1, or add --insecure on a network you trust"
+        )
+    if config.rank >= config.tensor_parallel_size:
+        problems.append(
+            f"--rank must be below --tensor-parallel-size ({config.tensor_parallel_size}), not "
+            f"{config.rank}"
+        )
+    if config.tensor_parallel_size > 1 and config.master_address is None:
+        problems.append(
+            "--tensor-parallel-size above 1 needs --master-address HOST:PORT, the same for all "
+            "ranks, on the machine of rank 0"
         )
     return problems
 

@@ -9,8 +9,8 @@ import torch
 from stepwire_executor.errors import ModelLoadError
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that --device names; auto is the first GPU, else the CPU.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that --device names; auto and cuda are the GPU of local_rank, auto else the CPU.
 
     Makes a GPU the calling thread's current one. Raises ModelLoadError where there is none.
     """
@@ -23,7 +23,7 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: torch sees no GPU{build}: use --device cpu, or install the "
             "driver and a CUDA build of torch"
         )
-    index = int(name.partition(":")[2] or 0)
+    index = int(name.partition(":")[2] or local_rank)
     if index >= num_gpus:
         raise ModelLoadError(
             f"--device {name}: there are {num_gpus} GPUs: use cuda:0 to cuda:{num_gpus - 1}"

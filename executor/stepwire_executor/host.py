@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+from stepwire_executor.config import ExecutorConfig
+
 _CGROUP_ROOT = "/sys/fs/cgroup"
 _UNLIMITED = 1 << 60
 
@@ -19,6 +21,11 @@ def usable_cores() -> int:
         if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores)
+
+
+def default_num_threads(config: ExecutorConfig) -> int:
+    """Threads that compute where nobody chose: this rank's share of the usable cores."""
+    return max(1, usable_cores() // config.local_world_size)
 
 
 def available_memory_bytes() -> int:

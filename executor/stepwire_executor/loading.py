@@ -16,13 +16,14 @@ from stepwire_executor.config import ExecutorConfig, resolve_capacity
 from stepwire_executor.device import choose_device, device_label
 from stepwire_executor.engine.building import EngineParts, build_device_engine, build_host_engine
 from stepwire_executor.engine.key_offsets import measure_key_offsets
-from stepwire_executor.host import usable_cores
+from stepwire_executor.host import default_num_threads
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.kv_cache import FP8_DTYPE
 from stepwire_executor.load_status import ModelDescription
 from stepwire_executor.model.loader import SUPPORTED_DTYPES, load_model
 from stepwire_executor.model.locate import find_gguf
 from stepwire_executor.model.tokenizer_conversion import convert_gguf_tokenizer
+from stepwire_executor.parallel.rendezvous import join_group
 from stepwire_executor.runner import Runner
 
 _MODEL_SHARE = 0.9
@@ -32,19 +33,28 @@ _log: Any = structlog.get_logger("stepwire_executor.loading")
 
 
 def load_runner(
-    config: ExecutorConfig, on_progress: Callable[[str, float], None]
+    config: ExecutorConfig,
+    on_progress: Callable[[str, float], None],
+    on_group_lost: Callable[[str], None] = lambda reason: None,
 ) -> tuple[Runner, ModelDescription]:
     """Load the model, allocate its KV cache and run steps to warm up.
 
     on_progress: told a phase and the fraction of the whole load; may raise to give up.
+    on_group_lost: told, on a thread of its own, why no other rank will compute with this one.
     Raises ModelLoadError with one line that names the fix.
     """
-    device = choose_device(config.device)
-    torch.set_num_threads(config.num_threads or usable_cores())
+    device = choose_device(config.device, config.local_rank)
+    torch.set_num_threads(config.num_threads or default_num_threads(config))
     on_progress("choose kernels", 0.0)
     kernels = select_kernels(device, config.kernels)
     on_progress("convert tokenizer", 0.0)
     _convert_tokenizer(Path(config.model))
+    group = join_group(
+        config,
+        device,
+        on_lost=on_group_lost,
+        on_wait=lambda: on_progress("wait for the other ranks", 0.0),
+    )
     model = load_model(
         Path(config.model),
         dtype="auto" if config.dtype == "auto" else SUPPORTED_DTYPES[config.dtype],
@@ -54,7 +64,11 @@ def load_runner(
         load_format=config.load_format,
         has_fp8_kv_cache=config.kv_cache_dtype == "fp8",
         on_progress=lambda phase, fraction: on_progress(phase, _MODEL_SHARE * fraction),
+        group=group,
     )
+    if group.world_size > 1:
+        on_progress("wait for the other ranks", _MODEL_SHARE)
+        group.least(0)
     kv_dtype = FP8_DTYPE if config.kv_cache_dtype == "fp8" else model.dtype
     key_offsets = None
     if kv_dtype == FP8_DTYPE:
@@ -70,6 +84,7 @@ def load_runner(
         model=model,
         kernels=kernels,
         device=device,
+        group=group,
         kv_dtype=kv_dtype,
         key_offsets=key_offsets,
     )
@@ -77,7 +92,7 @@ def load_runner(
     is_device = device.type != "cpu" or kernels.is_capturable
     build = build_device_engine if is_device else build_host_engine
     engine, cache, slots = build(parts, lambda phase: on_progress(phase, 0.95))
-    runner = Runner(engine=engine, slots=slots)
+    runner = Runner(engine=engine, slots=slots, group=group)
     on_progress("warm up", 0.98)
     _warm_up(runner)
     # The model's objects live as long as the process: keep the collector off them.
@@ -85,7 +100,9 @@ def load_runner(
     gc.freeze()
     dtype_name, kv_dtype_name = _name(model.dtype), _name(parts.kv_dtype)
     return runner, ModelDescription(
-        model_fingerprint=_fingerprint(model.fingerprint, dtype_name, kv_dtype_name, kernels.name),
+        model_fingerprint=_fingerprint(
+            model.fingerprint, dtype_name, kv_dtype_name, kernels.name, str(group.world_size)
+        ),
         architecture=model.config.architecture,
         dtype=dtype_name,
         kv_cache_dtype=kv_dtype_name,

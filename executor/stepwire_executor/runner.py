@@ -16,6 +16,7 @@ from stepwire.executor.v1.executor_pb2 import (
 
 from stepwire_executor.engine import LaunchedStep, StepEngine
 from stepwire_executor.errors import PlanOrderError
+from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.sampling.logprobs import RowLogprobs
 from stepwire_executor.slots import SlotTable, StepWork
 
@@ -81,10 +82,13 @@ class PendingStep:
 class Runner:
     """One engine and its slot table; used from one thread."""
 
-    def __init__(self, *, engine: StepEngine, slots: SlotTable) -> None:
+    def __init__(
+        self, *, engine: StepEngine, slots: SlotTable, group: RankGroup = SINGLE_RANK
+    ) -> None:
         """Join the parts; no epoch is open."""
         self.slots = slots
         self._engine = engine
+        self._group = group
         self._epoch: int | None = None
         self._next_step_id = 1
 
@@ -96,7 +100,8 @@ class Runner:
         self._next_step_id = 1
 
     def check(self) -> None:
-        """Raise RuntimeError where no further step can run in this process."""
+        """After an error, raise RuntimeError where no further step can run in this process."""
+        self._group.check()
         self._engine.check()
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -108,8 +113,8 @@ class Runner:
         """Apply a plan and start its work; further plans may be launched before it has run.
 
         Any error ends the epoch: slots are undefined until the next open_epoch. Raises
-        PlanOrderError for a plan of another epoch or out of sequence, PlanError for one that
-        contradicts the slot table.
+        PlanOrderError for a plan of another epoch or out of sequence, or where other ranks have
+        gone on to a newer epoch; PlanError for one that contradicts the slot table.
         """
         if self._epoch is None or plan.epoch != self._epoch:
             raise PlanOrderError(
@@ -121,6 +126,7 @@ class Runner:
                 f"step {plan.step_id} came where step {self._next_step_id} was expected"
             )
         epoch, self._epoch = self._epoch, None
+        self._group.align(epoch, plan.step_id)
         started_s = time.perf_counter()
         applied = self.slots.apply(plan)
         apply_ms = 1e3 * (time.perf_counter() - started_s)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -29,7 +31,7 @@ FAILED_LOAD_LINGER_S = 1.0
 STOP_TIMEOUT_S = 30.0
 """Longest wait for the step in flight."""
 STOP_LOAD_TIMEOUT_S = 2.0
-"""Longest wait for a load that is to be given up."""
+"""Longest wait for a load that is to be given up, or for a step that cannot end well."""
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -62,10 +64,16 @@ async def serve(config: ExecutorConfig) -> int:
 
     def on_broken(reason: str) -> None:
         broken.append(reason)
-        loop.call_soon_threadsafe(stopped.set)
+        with contextlib.suppress(RuntimeError):  # The loop has closed: the process is ending.
+            loop.call_soon_threadsafe(stopped.set)
 
     service = ExecutorService(
-        compute=compute, load=load, instance_id=uuid.uuid4().hex, on_broken=on_broken
+        compute=compute,
+        load=load,
+        instance_id=uuid.uuid4().hex,
+        rank=config.rank,
+        world_size=config.tensor_parallel_size,
+        on_broken=on_broken,
     )
     health = health_aio.HealthServicer()
     server = aio.server(options=_SERVER_OPTIONS)
@@ -91,7 +99,7 @@ async def serve(config: ExecutorConfig) -> int:
     def load_job() -> None:
         error: Exception | None = None
         try:
-            _load(config, compute, load, service)
+            _load(config, compute, load, service, on_broken)
         except Exception as raised:
             error = raised
         try:
@@ -108,19 +116,19 @@ async def serve(config: ExecutorConfig) -> int:
         if error is None:
             await health.set(SERVICE_NAME, HealthCheckResponse.SERVING)
             await stopped.wait()
-            if broken:
-                # Whoever supervises starts a process whose device works.
-                status = 1
-                _log.error("device_broken", reason=broken[0])
         else:
             status = 1
             _report_failure(error, load)
             await asyncio.wait((stopping,), timeout=FAILED_LOAD_LINGER_S)
+    if broken:
+        # Whoever supervises starts a process whose device, or whose group, works.
+        status = 1
+        _log.error("broken", reason=broken[0])
     _log.info("stopping")
     await health.enter_graceful_shutdown()
     service.stop()
     compute.stop()
-    timeout_s = STOP_TIMEOUT_S if loaded.done() else STOP_LOAD_TIMEOUT_S
+    timeout_s = STOP_TIMEOUT_S if loaded.done() and not broken else STOP_LOAD_TIMEOUT_S
     if not await asyncio.to_thread(compute.join, timeout_s):
         _log.warning("compute_abandoned", waited_s=timeout_s)
     await server.stop(grace=1.0)
@@ -129,7 +137,11 @@ async def serve(config: ExecutorConfig) -> int:
 
 
 def _load(
-    config: ExecutorConfig, compute: ComputeThread, load: LoadStatus, service: ExecutorService
+    config: ExecutorConfig,
+    compute: ComputeThread,
+    load: LoadStatus,
+    service: ExecutorService,
+    on_group_lost: Callable[[str], None],
 ) -> None:
     def on_progress(phase: str, fraction: float) -> None:
         if compute.is_stopping:
@@ -140,7 +152,7 @@ def _load(
     # Imported here, on the compute thread: it takes seconds, and Describe answers meanwhile.
     from stepwire_executor.loading import load_runner
 
-    runner, description = load_runner(config, on_progress)
+    runner, description = load_runner(config, on_progress, on_group_lost)
     load.succeed(description)
     service.set_runner(runner)
     _log.info("ready", load_ms=round(load.load_ms), model=description.architecture)

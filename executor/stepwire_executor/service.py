@@ -133,13 +133,18 @@ class ExecutorService(ExecutorServiceServicer):
         compute: ComputeThread,
         load: LoadStatus,
         instance_id: str,
+        rank: int = 0,
+        world_size: int = 1,
         on_broken: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """Serve with nothing loaded yet.
 
-        instance_id: changes with every start of the process. on_broken: told, on the compute
-        thread, why no further step can run in this process.
+        instance_id: changes with every start of the process. rank, world_size: place in the
+        tensor-parallel group. on_broken: told, on the compute thread, why no further step can
+        run in this process.
         """
+        self._rank = rank
+        self._world_size = world_size
         self._on_broken = on_broken
         self._compute = compute
         self._load = load
@@ -174,8 +179,8 @@ class ExecutorService(ExecutorServiceServicer):
             load_fraction=progress.fraction,
             load_error=progress.error,
             load_ms=self._load.load_ms,
-            rank=0,
-            world_size=1,
+            rank=self._rank,
+            world_size=self._world_size,
             instance_id=self._instance_id,
         )
         if progress.description is not None:

@@ -34,7 +34,7 @@ class ModelSteps:
         block_size: int = 4,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        config = model.config
+        config = model.decoder.config  # of a rank's part, where there are several
         self._model = model
         self.block_size = block_size
         self.cache = KVCache(

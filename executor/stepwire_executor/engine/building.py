@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -28,6 +28,7 @@ from stepwire_executor.memory import (
     plan_kv_cache,
 )
 from stepwire_executor.model.loader import LoadedModel
+from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.slots import SlotTable
 
 GRAPH_BYTES = 4 << 20
@@ -56,6 +57,8 @@ class EngineParts:
     """Of KV pages."""
     key_offsets: tuple[Tensor, ...] | None = None
     """What each layer's fp8 keys are centred by; see `engine.key_offsets`."""
+    group: RankGroup = SINGLE_RANK
+    """The ranks that compute together."""
 
     @property
     def block_bytes(self) -> int:
@@ -95,7 +98,7 @@ class EngineParts:
     def _geometry(self) -> dict[str, Any]:
         return {
             "num_layers": self.model.config.num_layers,
-            "num_kv_heads": self.model.config.num_kv_heads,
+            "num_kv_heads": self.model.decoder.config.num_kv_heads,
             "block_size": self.capacity.block_size,
             "head_dim": self.model.config.head_dim,
             "dtype": self.kv_dtype,
@@ -104,7 +107,7 @@ class EngineParts:
 
 def build_host_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
     """Build the engine of a CPU. Raises ModelLoadError."""
-    plan = _host_plan(parts)
+    plan = _agreed(parts, _host_plan(parts))
     cache = parts.new_cache(plan.num_blocks)
     slots = parts.new_slots(num_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
     engine = HostEngine(
@@ -130,6 +133,7 @@ def build_device_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
         else:
             on_phase("compile kernels")
             plan = _warn(_measured_plan(parts, queue))
+        plan = _agreed(parts, plan)
         cache = parts.new_cache(plan.num_blocks)
         slots = parts.new_slots(num_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
         engine = _device_engine(parts, queue, cache, slots)
@@ -157,6 +161,12 @@ def _host_plan(parts: EngineParts) -> KVCachePlan:
             available_bytes=available_memory_bytes(),
         )
     )
+
+
+def _agreed(parts: EngineParts, plan: KVCachePlan) -> KVCachePlan:
+    """What every rank of the group has room for; their shards and machines may differ."""
+    num_blocks, max_model_len = parts.group.least(plan.num_blocks, plan.max_model_len)
+    return replace(plan, num_blocks=num_blocks, max_model_len=max_model_len)
 
 
 def _warn(plan: KVCachePlan) -> KVCachePlan:

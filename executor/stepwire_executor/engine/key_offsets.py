@@ -41,7 +41,7 @@ def measure_key_offsets(model: LoadedModel, device: torch.device) -> tuple[Tenso
     cache = KVCache(
         num_layers=config.num_layers,
         num_blocks=num_blocks,
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=model.decoder.config.num_kv_heads,  # a rank has its own
         block_size=_BLOCK_SIZE,
         head_dim=config.head_dim,
         dtype=model.dtype,

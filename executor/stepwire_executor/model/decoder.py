@@ -18,12 +18,17 @@ from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.layers import (
     DecoderLayer,
     HostLayer,
+    Piece,
+    Projection,
     pack_layer,
     read_layer,
+    read_pieces,
     read_tensor,
 )
 from stepwire_executor.model.rope import cos_sin_table
 from stepwire_executor.model.weights.source import WeightSource
+from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
+from stepwire_executor.parallel.sharding import ModelShard, make_shard
 
 _READERS = 2
 """Threads that read and dequantise; numpy lets go of the interpreter lock meanwhile."""
@@ -34,7 +39,12 @@ ProgressCallback = Callable[[str, float], None]
 
 
 class Decoder:
-    """Turns a step's tokens into logits, keeping keys and values in a paged cache."""
+    """Turns a step's tokens into logits, keeping keys and values in a paged cache.
+
+    A rank of a group holds its shard of the weights and of the cache's heads. Its summands of
+    the residual stream are float32 until all are added, and every rank gets all logits, so that
+    each samples the same tokens from the same bits.
+    """
 
     def __init__(
         self,
@@ -46,41 +56,46 @@ class Decoder:
         device: torch.device,
         max_model_len: int,
         on_progress: ProgressCallback,
+        group: RankGroup = SINGLE_RANK,
     ) -> None:
-        """Read and pack all weights.
+        """Read and pack the weights of this rank.
 
-        dtype: of weights and activations. max_model_len: positions that can be rotated.
-        The source must have passed check_tensors. Raises ModelLoadError.
+        config: of the whole model. dtype: of weights and activations. max_model_len: positions
+        that can be rotated. The source must have passed check_tensors. Raises ModelLoadError.
         """
+        shard = make_shard(config, group.rank, group.world_size)
+        config = shard.local_config(config)
         self.config = config
         self.dtype = dtype
         self._kernels = kernels
+        self._group = group
+        self._shard = shard
         self._head_sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._attention_scale = config.head_dim**-0.5
         self._cos_sin = cos_sin_table(config.rope, max_model_len, device)
 
         on_progress("read weights", 0.0)
         num_parts = config.num_layers + 2  # the embedding and the head weigh about a layer each
-        embedding = read_tensor(source, ["model.embed_tokens.weight"], dtype)
+        embedding = _read_vocab(source, "model.embed_tokens.weight", dtype, shard)
         layers: list[DecoderLayer] = []
         # Closed at once when packing or the callback fails, so that no thread reads on.
-        with contextlib.closing(_read_ahead(source, config.num_layers, dtype)) as hosts:
+        with contextlib.closing(_read_ahead(source, config, dtype, shard)) as hosts:
             for host in hosts:
                 layers.append(pack_layer(host, config, len(layers), kernels, device))
                 on_progress("read weights", (1 + len(layers)) / num_parts)
         self._layers = tuple(layers)
-        self._final_norm = read_tensor(source, ["model.norm.weight"], dtype).to(device)
+        self._final_norm = read_tensor(source, "model.norm.weight", dtype).to(device)
         self._embedding = embedding.to(device)
         head = self._embedding
         if not config.tie_word_embeddings:
-            head = read_tensor(source, ["lm_head.weight"], dtype).to(device)
+            head = _read_vocab(source, "lm_head.weight", dtype, shard).to(device)
         on_progress("pack weights", (num_parts - 1) / num_parts)
         self._head = kernels.pack_weight(head)
         on_progress("pack weights", 1.0)
 
     @property
     def num_weight_bytes(self) -> int:
-        """Bytes of all weights on the device; a head that is the embedding counts once."""
+        """Bytes of this rank's weights on the device; a head that is the embedding counts once."""
         is_shared = getattr(self._head, "values", None) is self._embedding
         return (
             self._embedding.nbytes
@@ -101,7 +116,13 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: float32 [num_rows, vocab_size] of hidden states, [num_rows, hidden_size]."""
-        return self._kernels.linear(hidden, self._head, None, torch.float32)
+        logits = self._kernels.linear(hidden, self._head, None, torch.float32)
+        if self._group.world_size == 1:
+            return logits
+        missing = self._shard.max_vocab_rows - logits.shape[1]
+        parts = self._group.all_gather(functional.pad(logits, (0, missing)).contiguous())
+        sizes = map(len, self._shard.vocab_parts)
+        return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
     @torch.inference_mode()
     def hidden_states(self, batch: StepBatch, cache: KVCache) -> Tensor:
@@ -118,7 +139,7 @@ class Decoder:
         num_tokens = batch.token_ids.shape[0]
         last = len(self._layers) - 1
 
-        residual = functional.embedding(batch.token_ids, self._embedding)
+        residual = self._embed(batch.token_ids)
         hidden: Tensor | None = None  # what the residual stream still lacks
         for index, (layer, pages) in enumerate(zip(self._layers, cache.layers, strict=True)):
             if hidden is None:
@@ -139,24 +160,50 @@ class Decoder:
             if index == last:  # past the last attention only the logit rows matter
                 attended = attended[batch.logit_rows]
                 residual = residual[batch.logit_rows]
-            output = layer.attention_output
-            hidden = linear(attended, output.weight, output.bias)
+            hidden = self._add_up(attended, layer.attention_output)
             normed = rms_norm(hidden, layer.mlp_norm, eps, residual)
             gate_up = linear(normed, layer.gate_up.weight, layer.gate_up.bias)
-            hidden = linear(silu_and_mul(gate_up), layer.down.weight, layer.down.bias)
+            hidden = self._add_up(silu_and_mul(gate_up), layer.down)
         assert hidden is not None, "a model has layers"
         return rms_norm(hidden, self._final_norm, eps, residual)
 
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """Rows of the embedding, [num_tokens, hidden_size]: of other ranks' rows, their sum."""
+        if self._group.world_size == 1:
+            return functional.embedding(token_ids, self._embedding)
+        rows = self._shard.vocab
+        is_other = (token_ids < rows.start) | (token_ids >= rows.stop)
+        own = functional.embedding(
+            (token_ids - rows.start).masked_fill(is_other, 0), self._embedding
+        )
+        # Exact in any dtype: all summands but one are zero.
+        return self._group.all_reduce(own.masked_fill(is_other.unsqueeze(1), 0.0))
+
+    def _add_up(self, x: Tensor, projection: Projection) -> Tensor:
+        """A projection whose columns the ranks share; x: this rank's columns."""
+        if self._group.world_size == 1:
+            return self._kernels.linear(x, projection.weight, projection.bias)
+        partial = self._kernels.linear(x, projection.weight, projection.bias, torch.float32)
+        return self._group.all_reduce(partial).to(self.dtype)
+
+
+def _read_vocab(
+    source: WeightSource, name: str, dtype: torch.dtype, shard: ModelShard
+) -> Tensor:
+    return read_pieces(source, [Piece(name=name, rows=shard.vocab)], dtype)
+
 
 def _read_ahead(
-    source: WeightSource, num_layers: int, dtype: torch.dtype
+    source: WeightSource, config: ModelConfig, dtype: torch.dtype, shard: ModelShard
 ) -> Generator[HostLayer, None, None]:
     """Layers in order, the next few already being read by other threads."""
     with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as readers:
         pending: deque[Future[HostLayer]] = deque()
         try:
-            for index in range(num_layers):
-                pending.append(readers.submit(read_layer, source, index, dtype))
+            for index in range(config.num_layers):
+                pending.append(
+                    readers.submit(read_layer, source, index, dtype, shard, config.head_dim)
+                )
                 if len(pending) > _LAYERS_AHEAD:
                     yield pending.popleft().result()
             while pending:

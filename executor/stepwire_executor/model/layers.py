@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from stepwire_executor.kernels.interface import Kernels, PackedWeight
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.weights.source import WeightSource
+from stepwire_executor.parallel.sharding import ModelShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +59,24 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLayer:
-    """One layer's weights in CPU memory, fused but not yet packed."""
+    """A rank's part of one layer's weights in CPU memory, fused but not yet packed."""
 
     tensors: dict[str, Tensor]
     """By the names of DecoderLayer's fields, with ".weight" and ".bias" for projections."""
 
 
-_PROJECTIONS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention_output": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a stored tensor."""
+
+    name: str
+    rows: range
+    columns: range | None = None
+    """None is all; only of matrices."""
+
+
+_ROW_PARALLEL = {"attention_output": "self_attn.o_proj", "down": "mlp.down_proj"}
+"""Split by columns: every rank makes a summand of all rows."""
 _NORMS = {
     "input_norm": "input_layernorm",
     "query_norm": "self_attn.q_norm",
@@ -77,29 +85,59 @@ _NORMS = {
 }
 
 
-def read_tensor(source: WeightSource, names: list[str], dtype: torch.dtype) -> Tensor:
-    """Tensors stacked by rows, read straight into one CPU tensor of a dtype."""
-    shapes = [source.tensors[name].shape for name in names]
-    stacked = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype)
+def read_pieces(source: WeightSource, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
+    """Pieces stacked by rows, read straight into one CPU tensor of a dtype."""
+    shape = source.tensors[pieces[0].name].shape[1:]
+    if pieces[0].columns is not None:
+        shape = (len(pieces[0].columns),)
+    stacked = torch.empty((sum(len(piece.rows) for piece in pieces), *shape), dtype=dtype)
     row = 0
-    for name, shape in zip(names, shapes, strict=True):
-        source.load_into(name, stacked[row : row + shape[0]])
-        row += shape[0]
+    for piece in pieces:
+        target = stacked[row : row + len(piece.rows)]
+        first_column = 0 if piece.columns is None else piece.columns.start
+        source.load_into(piece.name, target, piece.rows.start, first_column)
+        row += len(piece.rows)
     return stacked
 
 
-def read_layer(source: WeightSource, index: int, dtype: torch.dtype) -> HostLayer:
-    """Read one layer; safe to call in several threads at once."""
+def read_tensor(source: WeightSource, name: str, dtype: torch.dtype) -> Tensor:
+    """A whole tensor."""
+    return read_pieces(source, [Piece(name=name, rows=range(source.tensors[name].shape[0]))], dtype)
+
+
+def read_layer(
+    source: WeightSource, index: int, dtype: torch.dtype, shard: ModelShard, head_dim: int
+) -> HostLayer:
+    """Read a rank's part of one layer; safe to call in several threads at once."""
     prefix = f"model.layers.{index}."
+    query, key = (
+        range(heads.start * head_dim, heads.stop * head_dim)
+        for heads in (shard.query_heads, shard.kv_heads)
+    )
+    inner = shard.intermediate
+    rows = {
+        "qkv": {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key},
+        "gate_up": {"mlp.gate_proj": inner, "mlp.up_proj": inner},
+    }
+    columns = {"attention_output": query, "down": inner}
     tensors: dict[str, Tensor] = {}
     for field, name in _NORMS.items():
         if prefix + name + ".weight" in source.tensors:
-            tensors[field] = read_tensor(source, [prefix + name + ".weight"], dtype)
-    for field, modules in _PROJECTIONS.items():
+            tensors[field] = read_tensor(source, prefix + name + ".weight", dtype)
+    for field, modules in rows.items():
         for kind in (".weight", ".bias"):
-            names = [prefix + module + kind for module in modules]
-            if names[0] in source.tensors:
-                tensors[field + kind] = read_tensor(source, names, dtype)
+            pieces = [Piece(name=prefix + name + kind, rows=part) for name, part in modules.items()]
+            if pieces[0].name in source.tensors:
+                tensors[field + kind] = read_pieces(source, pieces, dtype)
+    for field, module in _ROW_PARALLEL.items():
+        name = prefix + module + ".weight"
+        piece = Piece(
+            name=name, rows=range(source.tensors[name].shape[0]), columns=columns[field]
+        )
+        tensors[field + ".weight"] = read_pieces(source, [piece], dtype)
+        bias = prefix + module + ".bias"
+        if bias in source.tensors and shard.rank == 0:  # else the sum would hold it many times
+            tensors[field + ".bias"] = read_tensor(source, bias, dtype)
     return HostLayer(tensors=tensors)
 
 

@@ -26,6 +26,7 @@ from stepwire_executor.model.weights.gguf_file import GGUFFile
 from stepwire_executor.model.weights.kv_scales import read_static_scales
 from stepwire_executor.model.weights.safetensors import SafetensorsWeights
 from stepwire_executor.model.weights.source import WeightSource
+from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 
 LoadFormat = Literal["auto", "dummy"]
 SUPPORTED_DTYPES = {
@@ -42,14 +43,15 @@ class LoadedModel:
 
     decoder: Decoder
     config: ModelConfig
+    """Of the whole model; decoder.config is this rank's part."""
     dtype: torch.dtype
     """Of weights and activations."""
     max_model_len: int
     """Positions that the decoder can compute, at most config.max_position_embeddings."""
     weight_bytes: int
-    """On the device, as packed."""
+    """Of this rank, on the device, as packed."""
     fingerprint: str
-    """Equal for equal config, tensors and dtype; 32 hexadecimal digits."""
+    """Equal for equal config, tensors and dtype, on every rank; 32 hexadecimal digits."""
     static_kv_scales: tuple[StaticScales, ...] | None = None
     """Of each layer's fp8 keys and values; None where the checkpoint has none or the cache has
     another dtype."""
@@ -65,8 +67,9 @@ def load_model(
     load_format: LoadFormat = "auto",
     has_fp8_kv_cache: bool = False,
     on_progress: ProgressCallback | None = None,
+    group: RankGroup = SINGLE_RANK,
 ) -> LoadedModel:
-    """Load a Hugging Face directory or a GGUF file.
+    """Load this rank's part of a Hugging Face directory or a GGUF file.
 
     dtype "auto" is the checkpoint's, bfloat16 where its weights are quantised. load_format
     "dummy" needs a config only. has_fp8_kv_cache: whether the cache's scales are wanted. Raises
@@ -87,6 +90,7 @@ def load_model(
             device=device,
             max_model_len=resolve_max_model_len(max_model_len, config),
             on_progress=on_progress or (lambda _phase, _fraction: None),
+            group=group,
         )
         fingerprint = _fingerprint(config, source, resolved_dtype)
     except RuntimeError as error:  # how torch says that an allocation failed

@@ -29,10 +29,19 @@ class DummyWeights:
             for name, shape in expected_tensors(config).items()
         }
 
-    def load_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+    def load_into(
+        self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0
+    ) -> None:
         """See WeightSource."""
         if name.endswith("norm.weight"):
             out.fill_(1.0)
+            return
+        width = self.tensors[name].shape[-1]
+        if out.ndim > 1 and out.shape[1] < width:
+            whole = torch.empty(1, width, dtype=out.dtype)
+            for row, target in enumerate(out):
+                self.load_into(name, whole, first_row + row)
+                target.copy_(whole[0, first_column : first_column + len(target)])
             return
         row_size = out[0].numel() if out.ndim > 1 else 1
         place = (zlib.crc32(name.encode()) + first_row * row_size) % _NUM_DRAWN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -63,8 +64,10 @@ class GGUFWeights:
         if file.metadata.get("general.architecture") == "llama":
             self._interleaved_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
 
-    def load_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
-        """See WeightSource."""
+    def load_into(
+        self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0
+    ) -> None:
+        """See WeightSource; of columns, the blocks that they lie in are dequantised."""
         tensor = self._by_name[name]
         rows = self._in_hf_order(name, self._file.blocks(tensor))
         if len(tensor.shape) == 1:  # small, and its rows are its elements
@@ -73,18 +76,22 @@ class GGUFWeights:
             vector = self._in_hf_order(name, vector)
             out.copy_(torch.from_numpy(vector[first_row : first_row + len(out)]))
             return
-        rows = rows[first_row : first_row + len(out)]
-        rows_a_chunk = max(1, _ELEMENTS_A_CHUNK // tensor.shape[-1])
-        buffer = np.empty((min(rows_a_chunk, len(rows)), tensor.shape[-1]), np.float32)
+        block_size = tensor.format.num_elements
+        first_block, offset = divmod(first_column, block_size)
+        last_block = math.ceil((first_column + out.shape[1]) / block_size)
+        rows = rows[first_row : first_row + len(out), first_block:last_block]
+        width = rows.shape[1] * block_size
+        rows_a_chunk = max(1, _ELEMENTS_A_CHUNK // width)
+        buffer = np.empty((min(rows_a_chunk, len(rows)), width), np.float32)
         for start in range(0, len(rows), rows_a_chunk):
             chunk = rows[start : start + rows_a_chunk]
             target = out[start : start + len(chunk)]
-            if out.dtype == torch.float32:
+            if out.dtype == torch.float32 and width == out.shape[1]:
                 _dequantize(tensor, chunk, target.numpy())
             else:
                 values = buffer[: len(chunk)]
                 _dequantize(tensor, chunk, values)
-                target.copy_(torch.from_numpy(values))
+                target.copy_(torch.from_numpy(values[:, offset : offset + out.shape[1]]))
 
     def sample(self, name: str) -> bytes:
         """See WeightSource."""

@@ -73,10 +73,18 @@ class SafetensorsWeights:
             self._slices[name] = piece
             tensors[name] = TensorInfo(shape=shape, dtype=dtype, num_bytes=num_bytes)
 
-    def load_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+    def load_into(
+        self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0
+    ) -> None:
         """See WeightSource."""
         piece = self._slices[name]
-        out.copy_(piece[first_row : first_row + len(out)] if out.ndim else piece[...])
+        if out.ndim == 0:
+            out.copy_(piece[...])
+        elif out.ndim == 1:
+            out.copy_(piece[first_row : first_row + len(out)])
+        else:
+            last_column = first_column + out.shape[1]
+            out.copy_(piece[first_row : first_row + len(out), first_column:last_column])
 
     def sample(self, name: str) -> bytes:
         """See WeightSource."""

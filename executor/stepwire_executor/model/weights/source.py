@@ -29,13 +29,16 @@ class WeightSource(Protocol):
         """Every tensor of the checkpoint."""
         ...
 
-    def load_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
-        """Copy rows first_row to first_row + len(out) of a tensor, converted to out's dtype.
+    def load_into(
+        self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0
+    ) -> None:
+        """Copy a tensor's rows first_row to first_row + len(out), converted to out's dtype.
 
-        out: a contiguous CPU tensor, shaped as the tensor but for the number of rows; of a
-        tensor without dimensions all is copied. So a rank can read only its shard, straight
-        into a fused weight. May be called by several
-        threads at once. Raises ModelLoadError where the file does not hold the bytes.
+        out: a contiguous CPU tensor, shaped as the tensor but for the number of rows and, where
+        there are two dimensions, of columns, which start at first_column; of a tensor without
+        dimensions all is copied. So a rank can read only its shard, straight into a fused
+        weight. May be called by several threads at once. Raises ModelLoadError where the file
+        does not hold the bytes.
         """
         ...
 
