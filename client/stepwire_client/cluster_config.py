@@ -16,7 +16,7 @@ SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """One scheduler and one executor on this machine; None leaves a choice to the process."""
+    """A scheduler and its executors on this machine; None leaves a choice to the process."""
 
     model: Path
     """Folder of the model, or its .gguf file."""
@@ -47,7 +47,9 @@ class ClusterConfig:
     kernels: KernelChoice | None = None
     """Which implementation of the operations computes."""
     num_threads: int | None = None
-    """Threads that compute."""
+    """Threads of each executor that compute; by default all share the cores."""
+    tensor_parallel_size: int = 1
+    """Executors that compute the model together."""
     load_format: LoadFormat | None = None
     """dummy fills the weights with noise, to measure without a model's weights."""
     scheduling_policy: SchedulingPolicy | None = None
@@ -73,8 +75,10 @@ class ClusterConfig:
     scheduler_command: tuple[str, ...] = (sys.executable, "-m", "stepwire_scheduler")
     """How to start a scheduler."""
 
-    def executor_arguments(self, *, listen: str) -> list[str]:
-        """Flags of the executor process."""
+    def executor_arguments(
+        self, *, listen: str, rank: int = 0, master_address: str | None = None
+    ) -> list[str]:
+        """Flags of an executor process; master_address is where several find one another."""
         names = (
             "dtype",
             "kv_cache_dtype",
@@ -93,6 +97,11 @@ class ClusterConfig:
         arguments = ["--model", str(self.model), "--listen", listen, *self._flags(names)]
         if self.enforce_eager:
             arguments.append("--enforce-eager")
+        if self.tensor_parallel_size > 1 and master_address is not None:
+            size = str(self.tensor_parallel_size)
+            arguments += ["--tensor-parallel-size", size, "--local-world-size", size]
+            arguments += ["--rank", str(rank), "--local-rank", str(rank)]
+            arguments += ["--master-address", master_address]
         return arguments
 
     def scheduler_arguments(self, *, executor: str) -> list[str]:

@@ -1,13 +1,14 @@
-"""A scheduler and an executor on this machine, started, watched and stopped together."""
+"""A scheduler and its executors on this machine, started, watched and stopped together."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -27,7 +28,7 @@ from stepwire_client.managed_process import ManagedProcess
 RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Before the first, second, … restart in a row; after the last the cluster gives up."""
 STABLE_AFTER_S = 60.0
-"""An executor that ran this long starts the row anew."""
+"""Executors that ran this long start the row anew."""
 MAX_LOGS = 20
 """Folders of logs that are kept."""
 POLL_INTERVAL_S = 0.05
@@ -36,10 +37,11 @@ __all__ = ["ClusterConfig", "LocalCluster"]
 
 
 class LocalCluster:
-    """Two processes and the thread that watches them.
+    """A scheduler, its executors and the thread that watches them.
 
-    An executor that ends after the model was ready is started again on its port; the scheduler
-    finds it and goes on. Whatever else ends early ends the cluster, and the next call says why.
+    When an executor ends after the model was ready, all executors, which compute together, are
+    started again on their ports; the scheduler finds them and goes on. Whatever else ends early
+    ends the cluster, and the next call says why.
     All processes end with the cluster, with the interpreter, and on Linux with this process
     however it ends.
     """
@@ -73,11 +75,11 @@ class LocalCluster:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by name, "executor" and "scheduler"."""
+        """Process ids by name: "scheduler" and "executor", of several "executor-0" and so on."""
         return {name: process.pid for name, process in self._processes.items()}
 
     def start(self) -> Self:
-        """Start both processes and return once they answer; the model may load for longer.
+        """Start all processes and return once they answer; the model may load for longer.
 
         Raises ProcessExitedError, StartTimeoutError.
         """
@@ -135,7 +137,7 @@ class LocalCluster:
         return not self._thread.is_alive()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """End both processes; may be repeated.
+        """End all processes; may be repeated.
 
         Requests have stop_timeout_s to finish, unless at_once, which also shortens a stop that
         is under way.
@@ -165,19 +167,29 @@ class LocalCluster:
         except OSError as error:
             self._error = ClusterError(f"a process could not be started: {error.strerror or error}")
         finally:
-            # The scheduler first: it drains, and needs the executor for that.
-            for name in ("scheduler", "executor"):
-                if process := self._processes.get(name):
-                    process.stop(self.config.stop_timeout_s, self._hurry)
+            # The scheduler first: it drains, and needs the executors for that.
+            if scheduler := self._processes.get("scheduler"):
+                scheduler.stop(self.config.stop_timeout_s, self._hurry)
+            self._stop_executors(self.config.stop_timeout_s)
             self._is_up.set()
 
+    @property
+    def _executor_names(self) -> list[str]:
+        size = self.config.tensor_parallel_size
+        return ["executor"] if size == 1 else [f"executor-{rank}" for rank in range(size)]
+
     def _start_processes(self) -> None:
-        executor = self._start_executor("127.0.0.1:0")
-        executor_address = executor.wait_for_address(self.config.start_timeout_s, self._stopping)
-        if executor_address is None:
-            return
-        self._executor_address = executor_address
-        arguments = self.config.scheduler_arguments(executor=executor_address)
+        names = self._executor_names
+        self._start_executors(["127.0.0.1:0"] * len(names))
+        self._executor_addresses: list[str] = []
+        for name in names:
+            address = self._processes[name].wait_for_address(
+                self.config.start_timeout_s, self._stopping
+            )
+            if address is None:
+                return
+            self._executor_addresses.append(address)
+        arguments = self.config.scheduler_arguments(executor=",".join(self._executor_addresses))
         scheduler = ManagedProcess(
             "scheduler",
             [*self.config.scheduler_command, *arguments],
@@ -186,36 +198,60 @@ class LocalCluster:
         self._processes["scheduler"] = scheduler
         self._address = scheduler.wait_for_address(self.config.start_timeout_s, self._stopping)
 
-    def _start_executor(self, listen: str) -> ManagedProcess:
-        arguments = self.config.executor_arguments(listen=listen)
-        process = ManagedProcess(
-            "executor",
-            [*self.config.executor_command, *arguments],
-            log=self.log_dir / "executor.log",
-        )
-        self._processes["executor"] = process
-        return process
+    def _start_executors(self, listen: Sequence[str]) -> None:
+        """Start every rank; listen: an address for each."""
+        master_address = None
+        if self.config.tensor_parallel_size > 1:
+            # Another one each time: what is left of the group before must not be met.
+            master_address = f"127.0.0.1:{_free_port()}"
+        for rank, (name, address) in enumerate(zip(self._executor_names, listen, strict=True)):
+            arguments = self.config.executor_arguments(
+                listen=address, rank=rank, master_address=master_address
+            )
+            self._processes[name] = ManagedProcess(
+                name,
+                [*self.config.executor_command, *arguments],
+                log=self.log_dir / f"{name}.log",
+            )
+
+    def _stop_executors(self, timeout_s: float) -> None:
+        executors = [self._processes[n] for n in self._executor_names if n in self._processes]
+        for process in executors:  # at once: a rank that is alone fails instead of ending
+            process.terminate()
+        for process in executors:
+            process.stop(timeout_s, self._hurry)
 
     def _watch(self) -> None:
         num_restarts = 0
         while not self._stopping.wait(POLL_INTERVAL_S):
-            scheduler, executor = self._processes["scheduler"], self._processes["executor"]
+            scheduler = self._processes["scheduler"]
             if scheduler.exit_code() is not None:
                 raise ProcessExitedError(scheduler.describe_exit())
-            if executor.exit_code() is None:
+            executors = [self._processes[name] for name in self._executor_names]
+            executor = next((each for each in executors if each.exit_code() is not None), None)
+            if executor is None:
                 continue
             ended = executor.describe_exit()
             if time.monotonic() - executor.started_at > STABLE_AFTER_S:
                 num_restarts = 0
             if not self._was_ready.is_set() or num_restarts == len(RESTART_DELAYS_S):
                 raise ProcessExitedError(ended)
-            executor.stop(0)  # Whatever it left in its group.
+            # The other ranks, and whatever it left in its group.
+            self._stop_executors(0)
             delay_s = RESTART_DELAYS_S[num_restarts]
             num_restarts += 1
-            self._on_event(f"{ended}; starting it again in {delay_s:g} s")
+            what = "it" if len(executors) == 1 else "all executors"
+            self._on_event(f"{ended}; starting {what} again in {delay_s:g} s")
             if self._stopping.wait(delay_s):
                 return
-            self._start_executor(self._executor_address)
+            self._start_executors(self._executor_addresses)
+
+
+def _free_port() -> int:
+    """A port of the loopback address that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def new_log_dir() -> Path:

@@ -89,7 +89,8 @@ class ManagedProcess:
         else:
             how = f"ended with code {code}"
         said = last_message(self.log)
-        for own_name in (f"stepwire_{self.name}: ", f"stepwire-{self.name}: "):
+        package = self.name.partition("-")[0]  # of "executor-1"
+        for own_name in (f"stepwire_{package}: ", f"stepwire-{package}: "):
             said = said.removeprefix(own_name)
         return (
             f"the {self.name} {how}: {said}" if said else f"the {self.name} {how}: see {self.log}"

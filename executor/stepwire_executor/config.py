@@ -228,9 +228,7 @@ class ExecutorConfig:
     """Where weights come from."""
     tensor_parallel_size: int = field(
         default=1,
-        metadata=_setting(
-            _integer(low=1, high=1_024), "executors that compute the model together"
-        ),
+        metadata=_setting(_integer(low=1, high=1_024), "executors that compute the model together"),
     )
     """Ranks of the group that this process belongs to."""
     rank: int = field(

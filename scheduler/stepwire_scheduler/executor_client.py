@@ -36,7 +36,6 @@ _AGREED_FIELDS = {
     "num_blocks": "--num-kv-blocks",
     "max_num_seqs": "--max-num-seqs",
     "max_num_batched_tokens": "--max-num-batched-tokens",
-    "world_size": "--tensor-parallel-size",
 }
 
 
@@ -94,6 +93,7 @@ def check_agreement(descriptions: Sequence[Description]) -> Description:
 
     Raises ExecutorMismatchError that names the flag to change.
     """
+    check_ranks(descriptions)
     first = descriptions[0]
     for other in descriptions[1:]:
         for field, flag in _AGREED_FIELDS.items():
@@ -102,13 +102,32 @@ def check_agreement(descriptions: Sequence[Description]) -> Description:
                     f"executors disagree on {field} ({getattr(first, field)} and "
                     f"{getattr(other, field)}): start them with the same {flag}"
                 )
-    ranks = sorted(description.rank for description in descriptions)
-    if ranks != list(range(first.world_size)):
-        raise ExecutorMismatchError(
-            f"{len(ranks)} executors of rank {', '.join(map(str, ranks))} do not make a group of "
-            f"{first.world_size}: name each rank once in --executor"
-        )
     return min(descriptions, key=lambda description: description.rank)
+
+
+def check_ranks(descriptions: Sequence[Description]) -> None:
+    """Raise ExecutorMismatchError unless each rank of one group is there once.
+
+    Ranks that load know their place already, and would wait for one that is not named for good.
+    """
+    world_sizes = sorted({description.world_size for description in descriptions})
+    if len(world_sizes) > 1:
+        raise ExecutorMismatchError(
+            f"executors disagree on world_size ({' and '.join(map(str, world_sizes))}): start them "
+            "with the same --tensor-parallel-size"
+        )
+    expected = range(world_sizes[0])
+    ranks = sorted(description.rank for description in descriptions)
+    if ranks == list(expected):
+        return
+    missing = [str(rank) for rank in expected if rank not in ranks]
+    doubled = sorted({str(rank) for rank in ranks if ranks.count(rank) > 1})
+    problems = [f"rank {', '.join(missing)} is missing"] if missing else []
+    problems += [f"rank {', '.join(doubled)} is there more than once"] if doubled else []
+    raise ExecutorMismatchError(
+        f"the {len(ranks)} executors named do not make a group of {world_sizes[0]}: "
+        f"{' and '.join(problems)}: name each rank once in --executor"
+    )
 
 
 class PlanStream:

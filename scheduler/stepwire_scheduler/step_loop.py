@@ -23,7 +23,12 @@ from stepwire_scheduler.errors import (
     PlanStreamError,
     QueueFullError,
 )
-from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream, check_agreement
+from stepwire_scheduler.executor_client import (
+    ExecutorGroup,
+    PlanStream,
+    check_agreement,
+    check_ranks,
+)
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.plan import StepPlan
 from stepwire_scheduler.planner import Planner, PlannerConfig
@@ -171,6 +176,7 @@ class StepLoop:
                 descriptions = await group.describe()
                 self._has_answered = True
                 self._note_load_progress(descriptions)
+                check_ranks(descriptions)
                 if all(d.load_state == executor_pb2.LOAD_STATE_READY for d in descriptions):
                     self._adopt(check_agreement(descriptions))
                     return descriptions

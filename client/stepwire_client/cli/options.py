@@ -54,7 +54,9 @@ class ClusterOptions:
     kernels: KernelChoice | None = None
     """Which implementation of the operations computes."""
     num_threads: int | None = None
-    """Threads that compute."""
+    """Threads that compute, in each executor."""
+    tensor_parallel_size: int = 1
+    """Executors that compute the model together."""
     load_format: LoadFormat | None = None
     """dummy fills the weights with noise."""
     scheduling_policy: SchedulingPolicy | None = None

@@ -187,9 +187,7 @@ class Decoder:
         return self._group.all_reduce(partial).to(self.dtype)
 
 
-def _read_vocab(
-    source: WeightSource, name: str, dtype: torch.dtype, shard: ModelShard
-) -> Tensor:
+def _read_vocab(source: WeightSource, name: str, dtype: torch.dtype, shard: ModelShard) -> Tensor:
     return read_pieces(source, [Piece(name=name, rows=shard.vocab)], dtype)
 
 

@@ -131,9 +131,7 @@ def read_layer(
                 tensors[field + kind] = read_pieces(source, pieces, dtype)
     for field, module in _ROW_PARALLEL.items():
         name = prefix + module + ".weight"
-        piece = Piece(
-            name=name, rows=range(source.tensors[name].shape[0]), columns=columns[field]
-        )
+        piece = Piece(name=name, rows=range(source.tensors[name].shape[0]), columns=columns[field])
         tensors[field + ".weight"] = read_pieces(source, [piece], dtype)
         bias = prefix + module + ".bias"
         if bias in source.tensors and shard.rank == 0:  # else the sum would hold it many times

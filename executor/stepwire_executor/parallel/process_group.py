@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed's names untyped
 
 from stepwire_executor.errors import ModelLoadError, PlanOrderError
 
@@ -31,7 +33,7 @@ class ProcessGroup:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         *,
         rank: int,
         world_size: int,
@@ -48,11 +50,11 @@ class ProcessGroup:
         self.world_size = world_size
         self._store = store
         self._control = _gloo(
-            dist.PrefixStore("control", store), rank, world_size, hostname, step_timeout
+            PrefixStore("control", store), rank, world_size, hostname, step_timeout
         )
-        self._data: dist.ProcessGroup | dist.ProcessGroupGloo = self._control
+        self._data = self._control
         if device.type == "cuda":
-            self._data = _nccl(dist.PrefixStore("data", store), rank, world_size, step_timeout)
+            self._data = _nccl(PrefixStore("data", store), rank, world_size, step_timeout)
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         """See RankGroup."""
@@ -117,27 +119,24 @@ class ProcessGroup:
             time.sleep(_POLL_S)
 
 
-def _gather(
-    group: dist.ProcessGroup | dist.ProcessGroupGloo, everyone: Tensor, own: Tensor
-) -> None:
-    group._allgather_base(everyone, own).wait()
+def _gather(backend: Any, everyone: Tensor, own: Tensor) -> None:
+    backend._allgather_base(everyone, own).wait()
 
 
 def _gloo(
-    store: dist.Store,
-    rank: int,
-    world_size: int,
-    hostname: str,
-    timeout: datetime.timedelta,
-) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=hostname)]
+    store: Store, rank: int, world_size: int, hostname: str, timeout: datetime.timedelta
+) -> Any:
+    """A backend of its own, without torch's global group: Any, as the types it has are others."""
+    backend: Any = dist.ProcessGroupGloo
+    options = backend._Options()
+    options._devices = [backend.create_device(hostname=hostname)]
     options._threads = _GLOO_THREADS
     options._timeout = timeout
-    return dist.ProcessGroupGloo(store, rank, world_size, options)
+    return backend(store, rank, world_size, options)
 
 
-def _nccl(
-    store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta
-) -> dist.ProcessGroup:
-    return dist.ProcessGroupNCCL(store, rank, world_size, timeout)
+def _nccl(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
+    backend: Any = dist.ProcessGroupNCCL
+    options = backend.Options()
+    options._timeout = timeout
+    return backend(store, rank, world_size, options)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from stepwire_executor.config import ExecutorConfig
 from stepwire_executor.errors import ModelLoadError
@@ -92,12 +92,12 @@ def _resolve(config: ExecutorConfig, on_wait: OnWait, deadline_s: float) -> tupl
     return host, int(port)
 
 
-def _connect(config: ExecutorConfig, host: str, port: int, *, is_server: bool) -> dist.Store:
+def _connect(config: ExecutorConfig, host: str, port: int, *, is_server: bool) -> Store:
     if not is_server:
-        tcp = dist.TCPStore(host, port, None, False, LOAD_TIMEOUT, wait_for_workers=False)
+        tcp = TCPStore(host, port, None, False, LOAD_TIMEOUT, wait_for_workers=False)
     else:
         # torch itself would listen on every address of the machine.
-        tcp = dist.TCPStore(
+        tcp = TCPStore(
             host,
             port,
             None,
@@ -106,7 +106,7 @@ def _connect(config: ExecutorConfig, host: str, port: int, *, is_server: bool) -
             wait_for_workers=False,
             master_listen_fd=_listen(host, port),
         )
-    return dist.PrefixStore(f"stepwire/{config.group_id}", tcp)
+    return PrefixStore(f"stepwire/{config.group_id}", tcp)
 
 
 def _listen(host: str, port: int) -> int:
@@ -125,7 +125,7 @@ def _listen(host: str, port: int) -> int:
         return listener.detach()
 
 
-def _sign_in(store: dist.Store, rank: int, world_size: int) -> None:
+def _sign_in(store: Store, rank: int, world_size: int) -> None:
     """Take a rank's place. Raises ModelLoadError where it is taken or the group differs."""
     # An answer is empty where another rank was first and its value is the same on some stores.
     stored = store.compare_set("world_size", "", str(world_size)).decode()
@@ -158,7 +158,7 @@ def _own_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def _watch(store: dist.Store, on_lost: OnLost) -> None:
+def _watch(store: Store, on_lost: OnLost) -> None:
     """End the group with its store, or when a rank of it has started anew."""
     while True:
         try:

@@ -61,8 +61,9 @@ def make_shard(config: ModelConfig, rank: int, world_size: int) -> ModelShard:
             f"at most {smallest}"
         )
     query_heads, kv_heads = _heads(config.num_heads, config.num_kv_heads, rank, world_size)
-    vocab_parts = tuple(split_evenly(config.vocab_size, part, world_size) for part in
-                        range(world_size))
+    vocab_parts = tuple(
+        split_evenly(config.vocab_size, part, world_size) for part in range(world_size)
+    )
     return ModelShard(
         rank=rank,
         world_size=world_size,

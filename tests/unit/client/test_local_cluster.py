@@ -294,3 +294,42 @@ def test_logs_of_old_clusters_are_removed(
         f"20000103-{gone.pid}",
         new.name,
     }
+
+
+def test_ranks_are_told_their_place_and_the_scheduler_all_of_them(
+    config: ClusterConfig, record: Path
+) -> None:
+    with LocalCluster(replace(config, tensor_parallel_size=3)) as cluster:
+        pids = cluster.pids
+        assert set(pids) == {"scheduler", "executor-0", "executor-1", "executor-2"}
+        (scheduler,) = starts(record, "scheduler")
+        addresses = [f"127.0.0.1:{pids[f'executor-{rank}']}" for rank in range(3)]
+        assert scheduler[scheduler.index("--executor") + 1] == ",".join(addresses)
+        executors = starts(record, "executor")
+        ranks = {flags[flags.index("--rank") + 1] for flags in executors}
+        stores = {flags[flags.index("--master-address") + 1] for flags in executors}
+        sizes = {flags[flags.index("--tensor-parallel-size") + 1] for flags in executors}
+        assert (ranks, sizes, len(stores)) == ({"0", "1", "2"}, {"3"}, 1)
+    assert not any(map(is_running, pids.values()))
+
+
+def test_when_a_rank_ends_all_start_again_on_their_ports_with_a_store_of_their_own(
+    config: ClusterConfig, record: Path
+) -> None:
+    events: list[str] = []
+    with LocalCluster(replace(config, tensor_parallel_size=2), on_event=events.append) as cluster:
+        cluster._was_ready.set()
+        before = cluster.pids
+        os.kill(before["executor-1"], signal.SIGKILL)
+        assert wait_for(lambda: len(starts(record, "executor")) == 4)
+        assert not is_running(before["executor-0"])
+        assert wait_for(lambda: cluster.pids["executor-1"] != before["executor-1"])
+        executors = starts(record, "executor")
+        listens = [flags[flags.index("--listen") + 1] for flags in executors[2:]]
+        assert set(listens) == {f"127.0.0.1:{before[f'executor-{rank}']}" for rank in range(2)}
+        stores = {flags[flags.index("--master-address") + 1] for flags in executors}
+        assert len(stores) == 2
+        assert cluster.pids["scheduler"] == before["scheduler"]
+    assert len(events) == 1
+    assert "the executor-1 was killed" in events[0]
+    assert "starting all executors again" in events[0]

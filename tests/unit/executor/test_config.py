@@ -38,11 +38,18 @@ def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
         "device": "cuda:1",
         "gpu_memory_utilization": "0.5",
         "enforce_eager": "true",
+        "tensor_parallel_size": "4",
+        "rank": "2",
+        "master_address": "10.0.0.1:29500",
+        "local_rank": "1",
+        "local_world_size": "2",
+        "external_store": "true",
+        "group_id": "run",
         "log_level": "debug",
     }
     names = {each.name for each in dataclasses.fields(ExecutorConfig)}
     assert names == set(values) | {"kv_cache_memory_bytes"}
-    switches = ("insecure", "enforce_eager")
+    switches = ("insecure", "enforce_eager", "external_store")
     argv = ["--" + name.replace("_", "-") for name in switches]
     for name, value in values.items():
         if name not in switches:
@@ -161,3 +168,60 @@ def test_threads_are_set_for_openmp_unless_the_operator_did() -> None:
     kept = dict(operators)
     set_thread_environment(config, kept)
     assert kept == operators
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_RUN_ID": "run",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+}
+
+
+def test_ranks_of_torchrun_take_their_place_from_it_and_a_port_each() -> None:
+    config = parse_config(["--model", "m", "--listen", "127.0.0.1:6000"], TORCHRUN)
+    assert config == ExecutorConfig(
+        model="m",
+        listen="127.0.0.1:6001",
+        tensor_parallel_size=4,
+        rank=3,
+        local_rank=1,
+        local_world_size=2,
+        master_address="10.0.0.1:29500",
+        external_store=True,
+        group_id="run/2",
+    )
+
+
+def test_a_free_port_is_asked_for_by_every_rank_of_torchrun() -> None:
+    assert parse_config(["--model", "m", "--listen", "127.0.0.1:0"], TORCHRUN).listen.endswith(":0")
+
+
+def test_flags_win_over_torchrun() -> None:
+    flags = ["--model", "m", "--master-address", "127.0.0.1:1", "--rank", "0"]
+    config = parse_config(flags, TORCHRUN)
+    assert (config.rank, config.master_address) == (0, "127.0.0.1:1")
+
+
+def test_half_of_what_torchrun_sets_is_nothing() -> None:
+    config = parse_config(["--model", "m"], {"RANK": "3", "WORLD_SIZE": "4"})
+    assert config == ExecutorConfig(model="m")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--tensor-parallel-size", "2"], "--master-address HOST:PORT"),
+        (["--rank", "1"], "--rank must be below --tensor-parallel-size"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size must be between"),
+        (["--master-address", "nowhere"], "--master-address must be HOST:PORT"),
+    ],
+)
+def test_places_that_make_no_group_are_refused(flags: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_config(["--model", "m", *flags], {})

@@ -109,6 +109,29 @@ def test_a_slice_of_rows_equals_the_rows_of_the_whole(tmp_path: Path) -> None:
         assert torch.equal(part, whole[start : start + len(part)]), name
 
 
+@pytest.mark.parametrize("type_name", ["F32", "Q4_1"])
+@pytest.mark.parametrize("columns", [(32, 64), (5, 40), (0, 1)])
+def test_a_slice_of_columns_equals_the_columns_of_the_whole(
+    tmp_path: Path, type_name: str, columns: tuple[int, int]
+) -> None:
+    """Also where it starts or ends inside a block."""
+    model = _model(transformers.LlamaConfig(**COMMON))
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model.config, _state(model), matrix_type=gguf.GGMLQuantizationType[type_name])
+    file = GGUFFile(path)
+    weights = GGUFWeights(file, read_gguf_config(file))
+    first, last = columns
+    for name, info in weights.tensors.items():
+        if len(info.shape) < 2:
+            continue
+        whole = torch.empty(info.shape)
+        weights.load_into(name, whole)
+        for dtype in (torch.float32, torch.bfloat16):
+            part = torch.empty(7, last - first, dtype=dtype)
+            weights.load_into(name, part, 3, first)
+            assert torch.equal(part, whole[3:10, first:last].to(dtype)), name
+
+
 @pytest.mark.parametrize(
     "config",
     [

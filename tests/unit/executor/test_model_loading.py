@@ -161,6 +161,9 @@ def test_dummy_weights_of_a_row_do_not_depend_on_where_reading_starts() -> None:
     part = torch.empty(40, config.intermediate_size)
     weights.load_into(name, part, 300)
     assert torch.equal(part, whole[300:340])
+    block = torch.empty(4, 30)
+    weights.load_into(name, block, 300, 17)
+    assert torch.equal(block, whole[300:304, 17:47])
     assert whole.unique(dim=0).shape == whole.shape
     assert 0.015 < whole.std() < 0.025
 

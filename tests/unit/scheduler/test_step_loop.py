@@ -399,7 +399,8 @@ async def test_requests_are_refused_until_the_executors_are_ready() -> None:
         ({"model_fingerprint": "other"}, "--model"),
         ({"block_size": 8}, "--block-size"),
         ({"dtype": "float16"}, "--dtype"),
-        ({"rank": 0}, "--executor"),
+        ({"rank": 0}, "rank 1 is missing and rank 0 is there more than once: name each rank once"),
+        ({"world_size": 3}, "--tensor-parallel-size"),
     ],
 )
 async def test_executors_that_disagree_never_serve_and_say_why(

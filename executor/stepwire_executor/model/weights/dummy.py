@@ -29,9 +29,7 @@ class DummyWeights:
             for name, shape in expected_tensors(config).items()
         }
 
-    def load_into(
-        self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0
-    ) -> None:
+    def load_into(self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0) -> None:
         """See WeightSource."""
         if name.endswith("norm.weight"):
             out.fill_(1.0)

@@ -64,9 +64,7 @@ class GGUFWeights:
         if file.metadata.get("general.architecture") == "llama":
             self._interleaved_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
 
-    def load_into(
-        self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0
-    ) -> None:
+    def load_into(self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0) -> None:
         """See WeightSource; of columns, the blocks that they lie in are dequantised."""
         tensor = self._by_name[name]
         rows = self._in_hf_order(name, self._file.blocks(tensor))

@@ -73,9 +73,7 @@ class SafetensorsWeights:
             self._slices[name] = piece
             tensors[name] = TensorInfo(shape=shape, dtype=dtype, num_bytes=num_bytes)
 
-    def load_into(
-        self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0
-    ) -> None:
+    def load_into(self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0) -> None:
         """See WeightSource."""
         piece = self._slices[name]
         if out.ndim == 0:

@@ -29,9 +29,7 @@ class WeightSource(Protocol):
         """Every tensor of the checkpoint."""
         ...
 
-    def load_into(
-        self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0
-    ) -> None:
+    def load_into(self, name: str, out: Tensor, first_row: int = 0, first_column: int = 0) -> None:
         """Copy a tensor's rows first_row to first_row + len(out), converted to out's dtype.
 
         out: a contiguous CPU tensor, shaped as the tensor but for the number of rows and, where

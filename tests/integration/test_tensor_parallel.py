@@ -1,0 +1,144 @@
+"""A model over several executors: the ids of one, also when a rank dies under them.
+
+Real processes, the real model, float32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stepwire_client import AsyncClient, Client, ClusterConfig, LocalCluster, SamplingParams
+from stepwire_executor.kernels import select_kernels
+from stepwire_executor.model import LoadedModel, load_model
+from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
+from support.model_steps import CPU, ModelSteps, SteppedSequence
+from support.rank_threads import run_ranks
+from torch import Tensor
+
+GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "smollm2_135m_greedy.json"
+TOLERANCE = 1e-4
+SEEDED = [
+    SamplingParams(temperature=0.8, seed=seed, max_tokens=12, ignore_eos=True) for seed in range(2)
+]
+PROMPT = [504, 3575, 282, 4649, 314]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def cluster(request: pytest.FixtureRequest, smollm2_dir: Path) -> Iterator[LocalCluster]:
+    config = ClusterConfig(
+        model=smollm2_dir,
+        dtype="float32",
+        tensor_parallel_size=request.param,
+        num_kv_blocks=600,
+        max_num_seqs=32,
+    )
+    with LocalCluster(config) as cluster:
+        cluster.wait_until_ready(240)
+        yield cluster
+
+
+def _golden_cases() -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = json.loads(GOLDEN_FILE.read_text(encoding="utf-8"))["cases"]
+    return cases
+
+
+async def _check_greedy_ids(address: str, *, num_prompts: int, max_tokens: int) -> None:
+    """Against the golden file, which one executor reproduces."""
+    cases = _golden_cases()[:num_prompts]
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    async with AsyncClient(address) as client:
+        generations = await asyncio.gather(
+            *(client.generate(case["prompt_token_ids"], params) for case in cases)
+        )
+    assert [list(generation.token_ids) for generation in generations] == [
+        case["output_token_ids"][:max_tokens] for case in cases
+    ]
+
+
+async def test_greedy_ids_are_those_of_one_executor(cluster: LocalCluster) -> None:
+    await _check_greedy_ids(cluster.address, num_prompts=6, max_tokens=16)
+
+
+@pytest.mark.long
+async def test_greedy_ids_of_20_prompts_are_those_of_one_executor(cluster: LocalCluster) -> None:
+    await _check_greedy_ids(cluster.address, num_prompts=20, max_tokens=64)
+
+
+async def test_streams_go_on_when_a_rank_is_killed(cluster: LocalCluster) -> None:
+    with Client(cluster.address) as client:
+        alone = [client.generate(PROMPT, params).token_ids for params in SEEDED]
+    before = cluster.pids
+    async with AsyncClient(cluster.address) as client:
+        generating = asyncio.gather(*(client.generate(PROMPT, params) for params in SEEDED))
+        # Their first tokens are out once another request has some.
+        await client.generate([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
+        assert not generating.done(), "the kill came too late to test anything"
+        os.kill(before["executor-1"], signal.SIGKILL)
+        together = await generating
+    assert [generation.token_ids for generation in together] == alone
+    after = cluster.pids
+    assert before["scheduler"] == after["scheduler"]
+    executors = [name for name in before if name.startswith("executor")]
+    assert len(executors) > 1
+    assert all(before[name] != after[name] for name in executors)
+
+
+@pytest.mark.long
+async def test_streams_go_on_when_a_rank_is_stopped(cluster: LocalCluster) -> None:
+    with Client(cluster.address) as client:
+        alone = client.generate(PROMPT, SEEDED[0]).token_ids
+    victim = cluster.pids["executor-0"]
+    async with AsyncClient(cluster.address) as client:
+        generating = asyncio.create_task(client.generate(PROMPT, SEEDED[0]))
+        await asyncio.sleep(0.2)
+        os.kill(victim, signal.SIGSTOP)
+        assert (await generating).token_ids == alone
+    assert cluster.pids["executor-0"] != victim
+
+
+def _prompt_logits(model: LoadedModel, prompts: list[list[int]]) -> Tensor:
+    """Of the token after each prompt."""
+    steps = ModelSteps(model, num_blocks=128, block_size=16)
+    return steps.step([(SteppedSequence(list(prompt)), len(prompt)) for prompt in prompts])
+
+
+def test_logits_are_those_of_one_rank_and_weights_are_shared(smollm2_dir: Path) -> None:
+    prompts = [case["prompt_token_ids"] for case in _golden_cases()[:4]]
+    kernels = select_kernels(CPU)
+
+    def load(group: RankGroup = SINGLE_RANK) -> LoadedModel:
+        return load_model(
+            smollm2_dir,
+            dtype=torch.float32,
+            kernels=kernels,
+            device=CPU,
+            max_model_len=512,
+            group=group,
+        )
+
+    def compute(group: RankGroup) -> tuple[Tensor, int]:
+        model = load(group)
+        return _prompt_logits(model, prompts), model.weight_bytes
+
+    alone = load()
+    expected = _prompt_logits(alone, prompts)
+    norm_bytes = 4 * (2 * alone.config.num_layers + 1) * alone.config.hidden_size
+    sharded_bytes = alone.weight_bytes - norm_bytes
+    for world_size in (2, 3):
+        ranks = run_ranks(world_size, compute)
+        for logits, _ in ranks:
+            assert torch.equal(logits, ranks[0][0])
+            assert (logits - expected).abs().max() < TOLERANCE
+        assert sum(num_bytes - norm_bytes for _, num_bytes in ranks) == sharded_bytes
+        if alone.config.num_kv_heads % world_size == 0:
+            assert all(
+                num_bytes - norm_bytes == sharded_bytes // world_size for _, num_bytes in ranks
+            )

@@ -1,0 +1,95 @@
+"""Every head, row and column of a model is on some rank, and on one only where it can be."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stepwire_executor.model.config import ModelConfig
+from stepwire_executor.model.hf_config import read_hf_config
+from stepwire_executor.model.locate import find_shape
+from stepwire_executor.parallel.sharding import ModelShard, make_shard
+
+LLAMA = read_hf_config(find_shape(Path("llama-3.1-8b")))
+
+
+def _config(**changes: int) -> ModelConfig:
+    return dataclasses.replace(LLAMA, **changes)  # type: ignore[arg-type]
+
+
+def _shards(config: ModelConfig, world_size: int) -> list[ModelShard]:
+    return [make_shard(config, rank, world_size) for rank in range(world_size)]
+
+
+def _sizes(parts: list[range]) -> list[int]:
+    return [len(part) for part in parts]
+
+
+@given(
+    num_kv_heads=st.integers(1, 9),
+    group_size=st.integers(1, 8),
+    intermediate_size=st.integers(72, 3000),
+    vocab_size=st.integers(72, 5000),
+    data=st.data(),
+)
+def test_parts_are_whole_in_order_and_heads_find_their_kv_head(
+    num_kv_heads: int, group_size: int, intermediate_size: int, vocab_size: int, data: st.DataObject
+) -> None:
+    world_size = data.draw(st.integers(1, num_kv_heads * group_size))
+    config = _config(
+        num_heads=num_kv_heads * group_size,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size,
+    )
+    shards = _shards(config, world_size)
+    for name, size in (
+        ("query_heads", config.num_heads),
+        ("intermediate", intermediate_size),
+        ("vocab", vocab_size),
+    ):
+        parts = [getattr(shard, name) for shard in shards]
+        assert all(len(part) > 0 for part in parts)
+        assert [index for part in parts for index in part] == list(range(size)), name
+    for shard in shards:
+        local = shard.local_config(config)
+        assert local.num_heads % local.num_kv_heads == 0
+        for place, head in enumerate(shard.query_heads):
+            kv_place = place // (local.num_heads // local.num_kv_heads)
+            assert shard.kv_heads[kv_place] == head // group_size
+    kv_sizes = _sizes([shard.kv_heads for shard in shards])
+    if world_size <= num_kv_heads:
+        assert sum(kv_sizes) == num_kv_heads
+        assert max(kv_sizes) - min(kv_sizes) <= 1
+    else:
+        assert set(kv_sizes) == {1}
+    # No rank has much more to do than another.
+    inner = _sizes([shard.intermediate for shard in shards])
+    assert max(inner) <= max(1.125 * intermediate_size / world_size, min(inner) + 1)
+
+
+def test_three_kv_heads_on_two_ranks_are_two_and_one() -> None:
+    first, second = _shards(_config(num_heads=9, num_kv_heads=3), 2)
+    assert (first.kv_heads, first.query_heads) == (range(2), range(6))
+    assert (second.kv_heads, second.query_heads) == (range(2, 3), range(6, 9))
+
+
+def test_two_kv_heads_on_three_ranks_are_replicated_and_share_their_queries() -> None:
+    shards = _shards(_config(num_heads=6, num_kv_heads=2), 3)
+    assert [shard.kv_heads for shard in shards] == [range(1), range(1), range(1, 2)]
+    assert [shard.query_heads for shard in shards] == [range(2), range(2, 3), range(3, 6)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_parts_of_a_common_model_are_equal_and_keep_groups_of_quantised_weights(
+    world_size: int,
+) -> None:
+    shards = _shards(LLAMA, world_size)
+    for name in ("query_heads", "kv_heads", "intermediate", "vocab"):
+        assert len({len(getattr(shard, name)) for shard in shards}) == 1, name
+    assert all(a.intermediate.stop == b.intermediate.start for a, b in pairwise(shards))
+    assert all(shard.intermediate.start % 256 == 0 for shard in shards)
