@@ -72,6 +72,7 @@ async def test_greedy_ids_of_20_prompts_are_those_of_one_executor(cluster: Local
     await _check_greedy_ids(cluster.address, num_prompts=20, max_tokens=64)
 
 
+@pytest.mark.parametrize("cluster", [2, pytest.param(3, marks=pytest.mark.long)], indirect=True)
 async def test_streams_go_on_when_a_rank_is_killed(cluster: LocalCluster) -> None:
     with Client(cluster.address) as client:
         alone = [client.generate(PROMPT, params).token_ids for params in SEEDED]
