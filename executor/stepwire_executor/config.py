@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, NoReturn, cast
 
+from stepwire_executor import setting_texts as texts
 from stepwire_executor.errors import ConfigError
 from stepwire_executor.parallel.torchrun import torchrun_settings
 
@@ -27,81 +28,6 @@ LoadFormat = Literal["auto", "dummy"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-def _integer(*, low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise ValueError(f"must be a whole number, not {text!r}") from None
-        if not low <= value <= high:
-            raise ValueError(f"must be between {low} and {high}, not {value}")
-        return value
-
-    return parse
-
-
-def _power_of_two(*, low: int, high: int) -> Callable[[str], int]:
-    parse_integer = _integer(low=low, high=high)
-
-    def parse(text: str) -> int:
-        value = parse_integer(text)
-        if value & (value - 1):
-            raise ValueError(f"must be a power of two, not {value}")
-        return value
-
-    return parse
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}, not {text!r}")
-        return text
-
-    return parse
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"must be a number, not {text!r}") from None
-    if not 0 < value <= 1:
-        raise ValueError(f"must be above 0 and at most 1, not {text}")
-    return value
-
-
-def _device(text: str) -> str:
-    kind, separator, index = text.partition(":")
-    if text not in ("auto", "cpu", "cuda") and not (
-        kind == "cuda" and separator and index.isdecimal()
-    ):
-        raise ValueError(f"must be auto, cpu, cuda or cuda:N, not {text!r}")
-    return text
-
-
-def _boolean(text: str) -> bool:
-    lowered = text.lower()
-    if lowered in ("1", "true", "yes", "on"):
-        return True
-    if lowered in ("0", "false", "no", "off", ""):
-        return False
-    raise ValueError(f"must be true or false, not {text!r}")
-
-
-def _path(text: str) -> str:
-    if not text:
-        raise ValueError("must not be empty")
-    return text
-
-
-def _address(text: str) -> str:
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdecimal() or int(port) > 65_535:
-        raise ValueError(f"must be HOST:PORT with a port up to 65535, not {text!r}")
-    return text
-
-
 def _setting(parse: Callable[[str], Any], help_text: str, *, metavar: str = "N") -> dict[str, Any]:
     return {"parse": parse, "help": help_text, "metavar": metavar}
 
@@ -111,25 +37,27 @@ class ExecutorConfig:
     """What the operator chose; limits that the model or the memory sets come later."""
 
     model: str = field(
-        metadata=_setting(_path, "directory or .gguf file of the model", metavar="PATH")
+        metadata=_setting(texts.path, "directory or .gguf file of the model", metavar="PATH")
     )
     """Directory with config.json and safetensors, or with one GGUF file; or a GGUF file."""
     listen: str = field(
         default="127.0.0.1:50061",
         metadata=_setting(
-            _address, "address to serve gRPC on; port 0 picks a free one", metavar="HOST:PORT"
+            texts.address, "address to serve gRPC on; port 0 picks a free one", metavar="HOST:PORT"
         ),
     )
     """HOST:PORT of the gRPC server."""
     insecure: bool = field(
         default=False,
-        metadata=_setting(_boolean, "allow an address beyond loopback, without authentication"),
+        metadata=_setting(
+            texts.boolean, "allow an address beyond loopback, without authentication"
+        ),
     )
     """Whether an address that others can reach may be served in plain text."""
     dtype: DtypeName = field(
         default="auto",
         metadata=_setting(
-            _one_of("auto", "float32", "bfloat16", "float16"),
+            texts.one_of("auto", "float32", "bfloat16", "float16"),
             "what to compute in; auto is the checkpoint's",
             metavar="DTYPE",
         ),
@@ -138,7 +66,7 @@ class ExecutorConfig:
     device: str = field(
         default="auto",
         metadata=_setting(
-            _device,
+            texts.device,
             "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one",
             metavar="NAME",
         ),
@@ -147,14 +75,14 @@ class ExecutorConfig:
     kv_cache_dtype: KVCacheDtypeName = field(
         default="auto",
         metadata=_setting(
-            _one_of("auto", "fp8"), "dtype of KV pages; auto is the model's", metavar="DTYPE"
+            texts.one_of("auto", "fp8"), "dtype of KV pages; auto is the model's", metavar="DTYPE"
         ),
     )
     """Dtype of KV pages."""
     block_size: int | None = field(
         default=None,
         metadata=_setting(
-            _power_of_two(low=1, high=256),
+            texts.power_of_two(low=1, high=256),
             f"tokens a KV block, a power of two (default: {DEFAULT_BLOCK_SIZE} on a CPU, "
             f"{DEFAULT_DEVICE_BLOCK_SIZE} on a GPU)",
         ),
@@ -163,48 +91,48 @@ class ExecutorConfig:
     max_num_seqs: int | None = field(
         default=None,
         metadata=_setting(
-            _integer(low=1, high=4_096),
+            texts.integer(low=1, high=4_096),
             f"most sequences in the slot table (default: {DEFAULT_MAX_NUM_SEQS} on a CPU, "
             f"{DEFAULT_DEVICE_MAX_NUM_SEQS} on a GPU)",
         ),
     )
     """Rows of the slot table; None is the device's default."""
     max_num_batched_tokens: int = field(
-        default=2_048, metadata=_setting(_integer(low=1, high=131_072), "most tokens a step")
+        default=2_048, metadata=_setting(texts.integer(low=1, high=131_072), "most tokens a step")
     )
     """Most tokens a step, over all sequences; bounds the activations' memory."""
     max_model_len: int | None = field(
         default=None,
-        metadata=_setting(_integer(low=1, high=16_777_216), "longest sequence in tokens"),
+        metadata=_setting(texts.integer(low=1, high=16_777_216), "longest sequence in tokens"),
     )
     """Longest sequence in tokens, prompt and output; None is the model's own context."""
     gpu_memory_utilization: float = field(
         default=0.9,
         metadata=_setting(
-            _fraction, "part of a GPU's memory that may be used in all", metavar="FRACTION"
+            texts.fraction, "part of a GPU's memory that may be used in all", metavar="FRACTION"
         ),
     )
     """Part of a GPU's memory that weights, activations and the KV pool may take together, counted
     with what other processes have taken."""
     enforce_eager: bool = field(
         default=False,
-        metadata=_setting(_boolean, "launch every kernel of a GPU step: no CUDA graphs"),
+        metadata=_setting(texts.boolean, "launch every kernel of a GPU step: no CUDA graphs"),
     )
     """Whether decode steps on a GPU are launched kernel by kernel."""
     kv_cache_memory_bytes: int | None = field(
-        default=None, metadata=_setting(_integer(low=1, high=1 << 50), "memory of the KV pool")
+        default=None, metadata=_setting(texts.integer(low=1, high=1 << 50), "memory of the KV pool")
     )
     """Bytes of the KV pool; None chooses: on a CPU from max_num_seqs and the memory available, on a
     GPU all that gpu_memory_utilization leaves."""
     num_kv_blocks: int | None = field(
         default=None,
-        metadata=_setting(_integer(low=1, high=(1 << 31) - 1), "blocks of the KV pool"),
+        metadata=_setting(texts.integer(low=1, high=(1 << 31) - 1), "blocks of the KV pool"),
     )
     """Blocks of the KV pool; at most one of this and kv_cache_memory_bytes."""
     kernels: KernelsName = field(
         default="auto",
         metadata=_setting(
-            _one_of("auto", "native", "triton", "reference"),
+            texts.one_of("auto", "native", "triton", "reference"),
             "which kernels to run; auto takes the fastest that work here",
             metavar="NAME",
         ),
@@ -213,14 +141,14 @@ class ExecutorConfig:
     num_threads: int | None = field(
         default=None,
         metadata=_setting(
-            _integer(low=1, high=1_024), "threads that compute; default: usable cores"
+            texts.integer(low=1, high=1_024), "threads that compute; default: usable cores"
         ),
     )
     """Threads that compute; None is the number of cores this process may use."""
     load_format: LoadFormat = field(
         default="auto",
         metadata=_setting(
-            _one_of("auto", "dummy"),
+            texts.one_of("auto", "dummy"),
             "dummy fills weights with noise instead of reading them",
             metavar="FORMAT",
         ),
@@ -228,18 +156,20 @@ class ExecutorConfig:
     """Where weights come from."""
     tensor_parallel_size: int = field(
         default=1,
-        metadata=_setting(_integer(low=1, high=1_024), "executors that compute the model together"),
+        metadata=_setting(
+            texts.integer(low=1, high=1_024), "executors that compute the model together"
+        ),
     )
     """Ranks of the group that this process belongs to."""
     rank: int = field(
         default=0,
-        metadata=_setting(_integer(low=0, high=1_023), "place of this executor among them"),
+        metadata=_setting(texts.integer(low=0, high=1_023), "place of this executor among them"),
     )
     """Place in the group, from 0."""
     master_address: str | None = field(
         default=None,
         metadata=_setting(
-            _address,
+            texts.address,
             "where rank 0 has the store through which ranks find one another",
             metavar="HOST:PORT",
         ),
@@ -248,7 +178,7 @@ class ExecutorConfig:
     local_rank: int = field(
         default=0,
         metadata=_setting(
-            _integer(low=0, high=1_023),
+            texts.integer(low=0, high=1_023),
             "place among the ranks of this machine: the GPU that --device auto takes",
         ),
     )
@@ -256,13 +186,13 @@ class ExecutorConfig:
     local_world_size: int = field(
         default=1,
         metadata=_setting(
-            _integer(low=1, high=1_024), "ranks of this machine, which share its cores"
+            texts.integer(low=1, high=1_024), "ranks of this machine, which share its cores"
         ),
     )
     """Ranks of this machine."""
     external_store: bool = field(
         default=False,
-        metadata=_setting(_boolean, "another process has the store, as under torchrun"),
+        metadata=_setting(texts.boolean, "another process has the store, as under torchrun"),
     )
     """Whether rank 0 leaves the store to another process."""
     group_id: str = field(
@@ -275,7 +205,7 @@ class ExecutorConfig:
     log_level: LogLevel = field(
         default="info",
         metadata=_setting(
-            _one_of("debug", "info", "warning", "error"),
+            texts.one_of("debug", "info", "warning", "error"),
             "least level that is logged",
             metavar="LEVEL",
         ),
@@ -323,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     for each in fields(ExecutorConfig):
         default = "" if each.default in (MISSING, None) else f" (default: {each.default})"
         help_text = each.metadata["help"].replace("%", "%%") + default
-        if each.metadata["parse"] is _boolean:
+        if each.metadata["parse"] is texts.boolean:
             parser.add_argument(
                 _flag(each.name), action="store_const", const="true", help=help_text
             )
