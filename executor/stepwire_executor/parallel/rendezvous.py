@@ -127,7 +127,6 @@ def _listen(host: str, port: int) -> int:
 
 def _sign_in(store: Store, rank: int, world_size: int) -> None:
     """Take a rank's place. Raises ModelLoadError where it is taken or the group differs."""
-    # An answer is empty where another rank was first and its value is the same on some stores.
     stored = store.compare_set("world_size", "", str(world_size)).decode()
     if stored != str(world_size):
         raise ModelLoadError(
