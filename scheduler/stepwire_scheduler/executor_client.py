@@ -81,7 +81,11 @@ class ExecutorGroup:
             zip(descriptions, self._channels, strict=True), key=lambda pair: pair[0].rank
         )
         stream = PlanStream(epoch, [channel for _, channel in by_rank])
-        await stream.open(descriptions[0].model_fingerprint)
+        try:
+            await stream.open(descriptions[0].model_fingerprint)
+        except BaseException:
+            stream.cancel()  # or the ranks that did open would hold it until the next epoch
+            raise
         return stream
 
     async def close(self) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from stepwire.executor.v1 import executor_pb2
@@ -132,6 +134,9 @@ class StepLoop:
 
     async def run(self) -> None:
         """Serve epochs until cancelled; an executor that is lost is waited for."""
+        await _run_until_one_ends(self._serve_epochs(), self._keep_house())
+
+    async def _serve_epochs(self) -> None:
         group = ExecutorGroup(self._config.executor_addresses)
         epoch = time.time_ns()  # above any epoch of a scheduler before this one
         try:
@@ -139,7 +144,7 @@ class StepLoop:
                 descriptions = await self._wait_until_ready(group)
                 epoch += 1
                 try:
-                    stream = await group.open_epoch(epoch, descriptions)
+                    stream = await self._open_epoch(group, epoch, descriptions)
                     try:
                         await self._serve_epoch(stream)
                     finally:
@@ -154,6 +159,16 @@ class StepLoop:
                         self._requests.deliver(self._planner.reset_epoch())
         finally:
             await group.close()
+
+    async def _open_epoch(
+        self, group: ExecutorGroup, epoch: int, descriptions: list[Description]
+    ) -> PlanStream:
+        """Opening has the deadline of a step: a rank may stop between Describe and here."""
+        try:
+            async with asyncio.timeout(self._config.step_timeout_ms / 1e3):
+                return await group.open_epoch(epoch, descriptions)
+        except TimeoutError:
+            raise PlanStreamError("an executor did not open the epoch in time") from None
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for running ones; then end what is left."""
@@ -184,8 +199,6 @@ class StepLoop:
             if problem and problem != complaint:
                 complaint = problem
                 log.error("executors are not ready", cause=problem)
-            if self._planner is not None:
-                self._requests.deliver(self._planner.expire(now_ms()))
             await asyncio.sleep(_DESCRIBE_INTERVAL_S)
 
     def _note_load_progress(self, descriptions: list[Description]) -> None:
@@ -237,23 +250,11 @@ class StepLoop:
         self._last_reply_ms = now_ms()
         self._is_connected = True
         self._wake.set()
-        # Not a TaskGroup: 3.11's loses the caller's cancellation when a task fails meanwhile.
-        tasks = [
-            asyncio.create_task(work)
-            for work in (
-                self._send_plans(stream, self._planner),
-                self._receive_results(stream, self._planner),
-                self._keep_house(self._planner),
-            )
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            task.result()
+        await _run_until_one_ends(
+            self._send_plans(stream, self._planner),
+            self._receive_results(stream, self._planner),
+            self._watch_steps(),
+        )
 
     async def _send_plans(self, stream: PlanStream, planner: Planner) -> None:
         while True:
@@ -292,15 +293,23 @@ class StepLoop:
                 num_batched_tokens=sent.num_tokens,
             )
 
-    async def _keep_house(self, planner: Planner) -> None:
-        """Deadlines, slow readers, and steps that do not come back."""
+    async def _watch_steps(self) -> None:
+        """End the epoch where a step does not come back."""
         while True:
             await asyncio.sleep(_HOUSEKEEPING_INTERVAL_S)
+            if self._step_age_ms(now_ms()) > self._config.step_timeout_ms:
+                raise PlanStreamError("a step is overdue")
+
+    async def _keep_house(self) -> None:
+        """Deadlines and slow readers, whether executors are there or not."""
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_INTERVAL_S)
+            planner = self._planner
+            if planner is None:
+                continue
             now = now_ms()
             self._requests.deliver(planner.expire(now))
             self._requests.end_slow_readers(now, self._config.unread_timeout_ms)
-            if self._step_age_ms(now) > self._config.step_timeout_ms:
-                raise PlanStreamError("a step is overdue")
             self._metrics.set_load(
                 num_running=len(planner.running), num_waiting=len(planner.waiting)
             )
@@ -325,3 +334,17 @@ class StepLoop:
         if self._planner is not None:
             self._planner.finish(sequence, reason)
             self._wake.set()
+
+
+async def _run_until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Run works side by side; when one ends, or fails, or the caller is cancelled, end all."""
+    # Not a TaskGroup: 3.11's loses the caller's cancellation when a task fails meanwhile.
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
