@@ -21,6 +21,8 @@ from stepwire_scheduler.errors import (
     DuplicateRequestError,
     ExecutorLostError,
     ExecutorMismatchError,
+    FieldViolation,
+    InvalidRequestError,
     NotReadyError,
     PlanStreamError,
     QueueFullError,
@@ -99,7 +101,8 @@ class StepLoop:
     def submit(self, request: Request) -> RequestStream:
         """Queue a validated request.
 
-        Raises NotReadyError, DrainingError, DuplicateRequestError or QueueFullError.
+        Raises NotReadyError, DrainingError, DuplicateRequestError, QueueFullError, or
+        InvalidRequestError where the executors' limits have shrunk since the validation.
         """
         planner, tokenizer = self._planner, self._tokenizer
         if self._is_draining:
@@ -108,6 +111,7 @@ class StepLoop:
             raise NotReadyError("the model still loads; GetModel says how far it is")
         if request.request_id in self._requests:
             raise DuplicateRequestError(request.request_id)
+        self._check_fits(request)
         num_sequences = request.sampling_params.n
         num_tokens = num_sequences * len(request.prompt_token_ids)
         if len(planner.waiting) + num_sequences > self._config.max_queued_requests:
@@ -117,6 +121,18 @@ class StepLoop:
         stream = self._requests.add(request, planner.add(request), tokenizer)
         self._wake.set()
         return stream
+
+    def _check_fits(self, request: Request) -> None:
+        """Executors may have come back with less while the request was validated."""
+        assert self.model is not None
+        limit = self.model.max_model_len
+        num_tokens = len(request.prompt_token_ids) + request.sampling_params.max_tokens
+        if num_tokens > limit:
+            description = f"{num_tokens} tokens of prompt and output are more than the {limit} "
+            violation = FieldViolation(
+                field="input", description=description + "that fit now; ask GetModel again"
+            )
+            raise InvalidRequestError([violation])
 
     def cancel(self, request_id: str) -> bool:
         """End a request; its stream ends with what it has. False where it does not run."""

@@ -20,6 +20,7 @@ from stepwire_scheduler.errors import (
     DuplicateRequestError,
     ExecutorLostError,
     InternalError,
+    InvalidRequestError,
     NotReadyError,
     QueueFullError,
     SlowReaderError,
@@ -455,3 +456,13 @@ async def test_an_epoch_that_is_not_opened_is_given_up_and_deadlines_hold_meanwh
             await read(loop.submit(request(deadline_in_ms=50)))
         assert executor.num_epochs == 1
         await eventually(lambda: executor.num_epochs > 1)
+
+
+async def test_what_no_longer_fits_is_refused_and_ends_nothing_else() -> None:
+    executor = HashingExecutor(num_blocks=4)
+    async with served(executor) as port, looping(port) as loop:
+        await ready(loop)
+        with pytest.raises(InvalidRequestError, match="more than the 16"):
+            loop.submit(request(max_tokens=12))
+        output = await read(loop.submit(request(max_tokens=11)))
+        assert output[0] == expected_output([1, 2, 3, 4, 5], 11)
