@@ -1,0 +1,34 @@
+"""The scheduler among executors and clients that fail; what must hold is checked inside."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.mutants import MUTANTS, Plant
+from tests.simulation.world import ViolationError, simulate
+
+NUM_SEEDS = 300
+NUM_SEEDS_OF_MUTANTS = 500
+_CHUNK = 100
+
+
+@pytest.mark.parametrize("first_seed", range(0, NUM_SEEDS, _CHUNK))
+def test_every_invariant_holds_whatever_fails(first_seed: int) -> None:
+    _simulate_all(range(first_seed, first_seed + _CHUNK))
+
+
+@pytest.mark.parametrize("seed", [3, 89])
+def test_a_seed_replays_to_the_letter(seed: int) -> None:
+    assert simulate(seed, is_tracing=True).trace == simulate(seed, is_tracing=True).trace
+
+
+@pytest.mark.parametrize("plant", MUTANTS, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(ViolationError):
+        _simulate_all(range(NUM_SEEDS_OF_MUTANTS))
+
+
+def _simulate_all(seeds: range) -> None:
+    for seed in seeds:
+        simulate(seed)
