@@ -30,6 +30,7 @@ from stepwire_scheduler.errors import (
 from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream, check_agreement
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.plan import StepPlan
+from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.planner import Planner, PlannerConfig
 from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.running_requests import RunningRequests
@@ -56,8 +57,12 @@ class StepLoop:
     every running sequence is queued again with the tokens it has, and streams go on.
     """
 
-    def __init__(self, config: SchedulerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, config: SchedulerConfig, metrics: Metrics, plan_log: PlanLog | None = None
+    ) -> None:
+        """plan_log: records every epoch's plans and results."""
         self._config = config
+        self._plan_log = plan_log
         self._metrics = metrics
         self._planner: Planner | None = None
         self._requests = RunningRequests(
@@ -153,7 +158,7 @@ class StepLoop:
         await _run_until_one_ends(self._serve_epochs(), self._keep_house())
 
     async def _serve_epochs(self) -> None:
-        group = ExecutorGroup(self._config.executor_addresses)
+        group = ExecutorGroup(self._config.executor_addresses, self._plan_log)
         epoch = time.time_ns()  # above any epoch of a scheduler before this one
         try:
             while True:
