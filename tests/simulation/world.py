@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from random import Random
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 from unittest.mock import patch
 
 import grpc
@@ -16,7 +16,7 @@ from stepwire.executor.v1 import executor_pb2 as pb
 from stepwire_scheduler import clock, running_requests, step_loop
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.planner import PlannerConfig
-from stepwire_scheduler.sequence import Request
+from stepwire_scheduler.sequence import Request, Sequence
 from stepwire_scheduler.step_loop import StepLoop
 
 from tests.simulation.checked_planner import CheckedPlanner
@@ -39,7 +39,7 @@ _METRICS = Metrics("simulated")  # costs more to make than a run; nobody reads i
 class ViolationError(AssertionError):
     """Something happened that must never happen."""
 
-    def __init__(self, seed: int, problem: str, trace: Sequence[str]) -> None:
+    def __init__(self, seed: int, problem: str, trace: list[str]) -> None:
         super().__init__(
             f"seed {seed}: {problem}\nreplay: python -m tests.simulation --seed {seed} --trace"
         )
@@ -50,7 +50,7 @@ class ViolationError(AssertionError):
 class _Letters:
     """A tokenizer whose every token is one letter."""
 
-    token_bytes: Sequence[bytes] = [bytes([97 + i % 26]) for i in range(VOCAB_SIZE)]
+    token_bytes: ClassVar[list[bytes]] = [bytes([97 + i % 26]) for i in range(VOCAB_SIZE)]
 
 
 class World:
@@ -154,9 +154,13 @@ class World:
         """Epochs that the request's unluckiest sequence has lost."""
         return max(sequence.num_resumes for sequence in self._sequences(request))
 
-    def _sequences(self, request: Request) -> list[Any]:
-        assert self._planner is not None
-        return [s for s in self._planner.all_sequences if s.request is request]
+    def _sequences(self, request: Request) -> list[Sequence]:
+        return [sequence for sequence in self.sequences if sequence.request is request]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that were accepted."""
+        return [] if self._planner is None else self._planner.all_sequences
 
     # The run
 
@@ -213,7 +217,7 @@ class World:
             return
         config, now_s = self.scenario.config, self._loop.time() - SLACK_S
         ends_by_ms = self._planner.ends_by_ms
-        for sequence in self._planner.all_sequences:
+        for sequence in self.sequences:
             if sequence.finish_reason is None and ends_by_ms[id(sequence)] < 1e3 * now_s:
                 self.violate(f"{sequence.request.request_id} outlives its deadline")
         for entry in self.step_loop._requests._entries.values():
