@@ -184,11 +184,10 @@ class World:
         ]
         everyone = [serving, *clients]
         gathered = asyncio.gather(*clients)
+        watching = asyncio.create_task(self._watch())
+        first: set[asyncio.Future[Any]] = {gathered, serving, watching}
         try:
-            await asyncio.wait(
-                {gathered, serving, asyncio.create_task(self._watch())},
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             for task in everyone:
                 if task.done():
                     task.result()
