@@ -90,6 +90,7 @@ class CheckedPlanner(Planner):
                 by_slot[slot].request.request_id for slot in outcome.failures
             }
         updates = super().commit(outcome)
+        world.last_booked_s = world.now_ms / 1e3
         self._touched.pop(outcome.step_id, None)
         if world.is_tracing:
             world.note(f"result {outcome.step_id}: {list(outcome.sampled_token_ids)}")

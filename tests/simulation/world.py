@@ -66,6 +66,8 @@ class World:
         self.poisoned: set[tuple[int, int]] = set()
         """(epoch, step) whose result some rank has sent wrongly."""
         self.failed_request_ids: set[str] = set()
+        self.last_booked_s = 0.0
+        """When the scheduler last booked a result."""
         self.may_misfit = False
         """Whether a pool may have shrunk."""
         self.offer = scenario.offer
@@ -224,8 +226,12 @@ class World:
             if since_ms is not None and since_ms + config.unread_timeout_ms < 1e3 * now_s:
                 self.violate(f"{entry.stream.request.request_id} is not read and goes on")
         for call in (call for rank in self.ranks for call in rank.calls if not call.is_closed):
-            since_s = call.waits_since_s
-            if since_s is not None and since_s + config.step_timeout_ms / 1e3 < now_s:
+            if call.waits_since_s is None:
+                continue
+            # A rank ahead of the others waits for them; a step's deadline begins anew with each
+            # result.
+            since_s = max(call.waits_since_s, self.last_booked_s)
+            if since_s + config.step_timeout_ms / 1e3 < now_s:
                 self.violate(f"rank {call.rank.index} does not answer and is waited for")
 
     async def _settle(self) -> None:
