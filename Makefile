@@ -9,7 +9,7 @@ MODEL ?= smollm2-135m
 # An interpreter with torch and triton, used as it is; by default .venv is set up and used.
 GPU_PYTHON ?=
 
-.PHONY: run serve test test-long kernels-compile gpu-check check format protos bench clean
+.PHONY: run serve test test-long faults kernels-compile gpu-check check format protos bench clean
 
 # One stamp a set of extras, so that `make run` does not wait for the developers' tools.
 $(VENV)/.run: pyproject.toml
@@ -34,6 +34,11 @@ test: $(VENV)/.dev
 test-long: $(VENV)/.dev
 	$(BIN)/stepwire pull $(MODEL)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The scheduler among simulated executors and clients that fail; FAULTS_ARGS="--seed N --trace"
+# replays one.
+faults: $(VENV)/.dev
+	$(BIN)/python -m tests.simulation $(FAULTS_ARGS)
 
 # Every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU.
 kernels-compile: $(VENV)/.dev

@@ -4,6 +4,7 @@ ExecutorError
 ├── ConfigError        a flag or environment variable is wrong
 ├── ListenError        the address cannot be served
 ├── ModelLoadError     the model or its memory cannot be had
+├── PlanLogError       a file is not a plan log, or is damaged; for the operator of a replay
 └── PlanError          a step plan contradicts the executor's state; ends the epoch
     └── PlanOrderError     a plan of another epoch, or out of order
 
@@ -36,6 +37,10 @@ class ModelLoadError(ExecutorError):
     The message is one line for the operator and names the fix; it is safe to send to a client,
     so it names files but not where they are.
     """
+
+
+class PlanLogError(ExecutorError):
+    """A file is not a plan log of this version, or is damaged."""
 
 
 class PlanError(ExecutorError):

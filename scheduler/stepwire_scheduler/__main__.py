@@ -25,7 +25,7 @@ def main() -> int:
     configure_logging(config.log_level)
     try:
         _run(serve(config, announce=_announce))
-    except ListenError as error:
+    except (ConfigError, ListenError) as error:
         return _fail(error.message, 1)
     except Exception:
         get_logger("main").exception("ended by a defect")

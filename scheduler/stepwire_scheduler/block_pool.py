@@ -23,6 +23,8 @@ class BlockPool:
         self._prefix_cache = prefix_cache
         self._acknowledged_step_id = 0
         self._ref_counts = [0] * num_blocks
+        self._last_step_ids = [0] * num_blocks
+        """The last step that any sequence which held the block has planned with it."""
         self._lease_step_ids = [0] * num_blocks
         """0: not leased."""
         self._leases: dict[int, list[int]] = {}
@@ -79,19 +81,21 @@ class BlockPool:
     def release(self, block_ids: list[int], last_step_id: int) -> None:
         """Drop one reference of each block of a sequence, head first in block_ids.
 
-        last_step_id: the last planned step that touches them; they are free once it is
-        acknowledged.
+        last_step_id: the last planned step that touches them for this sequence. A block is free
+        once the last such step of all its sequences is acknowledged, in whatever order they left.
         """
         for block_id in reversed(block_ids):
             assert self._ref_counts[block_id] > 0, block_id
             self._ref_counts[block_id] -= 1
+            lease_step_id = max(last_step_id, self._last_step_ids[block_id])
+            self._last_step_ids[block_id] = lease_step_id
             if self._ref_counts[block_id]:
                 continue
-            if last_step_id <= self._acknowledged_step_id:
+            if lease_step_id <= self._acknowledged_step_id:
                 self._free(block_id)
             else:
-                self._lease_step_ids[block_id] = last_step_id
-                self._leases.setdefault(last_step_id, []).append(block_id)
+                self._lease_step_ids[block_id] = lease_step_id
+                self._leases.setdefault(lease_step_id, []).append(block_id)
                 self._num_leased += 1
 
     def acknowledge(self, step_id: int) -> None:
@@ -109,6 +113,7 @@ class BlockPool:
         self._prefix_cache.clear()
         self._acknowledged_step_id = 0
         self._ref_counts = [0] * self.num_blocks
+        self._last_step_ids = [0] * self.num_blocks
         self._lease_step_ids = [0] * self.num_blocks
         self._leases.clear()
         self._num_leased = 0

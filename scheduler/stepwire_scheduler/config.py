@@ -53,6 +53,10 @@ class SchedulerConfig:
     """Output of a request that may wait for its client."""
     unread_timeout_ms: int = 30_000
     """How long it may wait, once above that."""
+    plan_log: str | None = None
+    """File that gets every plan and result, prompts' tokens included, for the executor's replay."""
+    plan_log_max_bytes: int = 67_108_864
+    """Most bytes of that file; as much again may lie in the file before it, PATH.1."""
     enable_reflection: bool = False
     """Serve grpc.reflection.v1alpha, for tools like grpcurl."""
     insecure: bool = False

@@ -13,6 +13,7 @@ from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
 
 from stepwire_scheduler.errors import ExecutorMismatchError, PlanStreamError
 from stepwire_scheduler.plan import Admission, StepOutcome, StepPlan
+from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.sequence import Logprobs
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -52,8 +53,9 @@ class StepReply:
 class ExecutorGroup:
     """Connections to every rank of one model."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        """addresses: host:port of each rank, in any order."""
+    def __init__(self, addresses: Sequence[str], plan_log: PlanLog | None = None) -> None:
+        """addresses: host:port of each rank, in any order. plan_log: is told of every epoch."""
+        self._plan_log = plan_log
         self._addresses = tuple(addresses)
         self._channels = [
             grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) for address in addresses
@@ -79,8 +81,14 @@ class ExecutorGroup:
         by_rank = sorted(
             zip(descriptions, self._channels, strict=True), key=lambda pair: pair[0].rank
         )
-        stream = PlanStream(epoch, [channel for _, channel in by_rank])
-        await stream.open(descriptions[0].model_fingerprint)
+        if self._plan_log is not None:
+            self._plan_log.begin_epoch(by_rank[0][0])
+        stream = PlanStream(epoch, [channel for _, channel in by_rank], self._plan_log)
+        try:
+            await stream.open(descriptions[0].model_fingerprint)
+        except BaseException:
+            stream.cancel()  # or the ranks that did open would hold it until the next epoch
+            raise
         return stream
 
     async def close(self) -> None:
@@ -133,9 +141,15 @@ def check_ranks(descriptions: Sequence[Description]) -> None:
 class PlanStream:
     """One epoch's Execute streams: the same plans go to every rank, serialised once."""
 
-    def __init__(self, epoch: int, channels: Sequence[grpc.aio.Channel]) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        channels: Sequence[grpc.aio.Channel],
+        plan_log: PlanLog | None = None,
+    ) -> None:
         """channels: by rank; rank 0's results count, the others must agree with them."""
         self.epoch = epoch
+        self._plan_log = plan_log
         self._calls = [
             channel.stream_stream(
                 _EXECUTE_METHOD,
@@ -152,6 +166,8 @@ class PlanStream:
         request = executor_pb2.ExecuteRequest(
             open_epoch=executor_pb2.OpenEpoch(epoch=self.epoch, model_fingerprint=model_fingerprint)
         ).SerializeToString()
+        if self._plan_log is not None:
+            self._plan_log.request(request)
         await self._on_all(lambda call: call.write(request))
         for response in await self._on_all(lambda call: call.read()):
             if response.epoch_opened.epoch != self.epoch:
@@ -161,11 +177,15 @@ class PlanStream:
         """Send a plan; raises PlanStreamError."""
         request = serialize_plan(self.epoch, plan)
         self._plans[plan.step_id] = plan
+        if self._plan_log is not None:
+            self._plan_log.request(request)
         await self._on_all(lambda call: call.write(request))
 
     async def receive(self) -> StepReply:
         """Wait for the next step's result from all ranks; raises PlanStreamError."""
         responses = await self._on_all(lambda call: call.read())
+        if self._plan_log is not None:
+            self._plan_log.response(responses[0])
         result = responses[0].step_result
         for response in responses[1:]:
             other = response.step_result

@@ -18,6 +18,7 @@ from stepwire_scheduler.errors import ListenError
 from stepwire_scheduler.health import HealthService
 from stepwire_scheduler.logs import get_logger
 from stepwire_scheduler.metrics import Metrics, serve_metrics
+from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.rpc_handlers import SERVICE_NAME, add_generation_service
 from stepwire_scheduler.served_model import ServingState
 from stepwire_scheduler.service import GenerationService
@@ -44,13 +45,16 @@ log = get_logger("server")
 async def serve(config: SchedulerConfig, announce: Callable[[str], None]) -> None:
     """Listen first, then load; on SIGTERM or SIGINT finish what runs, on another end it.
 
-    announce is called with HOST:PORT once health and metrics answer. Raises ListenError, and
-    whatever else ends the scheduler.
+    announce is called with HOST:PORT once health and metrics answer. Raises ListenError,
+    ConfigError where --plan-log cannot be written, and whatever else ends the scheduler.
     """
     stop, hurry = _catch_signals()
     model_name = config.served_model_name or _default_name(config.model)
     metrics = Metrics(model_name)
-    step_loop = StepLoop(config, metrics)
+    plan_log = None
+    if config.plan_log is not None:
+        plan_log = PlanLog(Path(config.plan_log), max_bytes=config.plan_log_max_bytes)
+    step_loop = StepLoop(config, metrics, plan_log)
     service = GenerationService(config, step_loop, metrics, model_name)
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     add_generation_service(service, server)
@@ -85,6 +89,8 @@ async def serve(config: SchedulerConfig, announce: Callable[[str], None]) -> Non
         await asyncio.wait(everything)
         if stop_metrics is not None:
             stop_metrics()
+        if plan_log is not None:
+            plan_log.close()
     log.info("stopped")
 
 

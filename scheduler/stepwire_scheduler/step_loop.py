@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from stepwire.executor.v1 import executor_pb2
@@ -19,6 +21,8 @@ from stepwire_scheduler.errors import (
     DuplicateRequestError,
     ExecutorLostError,
     ExecutorMismatchError,
+    FieldViolation,
+    InvalidRequestError,
     NotReadyError,
     PlanStreamError,
     QueueFullError,
@@ -31,6 +35,7 @@ from stepwire_scheduler.executor_client import (
 )
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.plan import StepPlan
+from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.planner import Planner, PlannerConfig
 from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.running_requests import RunningRequests
@@ -57,8 +62,12 @@ class StepLoop:
     every running sequence is queued again with the tokens it has, and streams go on.
     """
 
-    def __init__(self, config: SchedulerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, config: SchedulerConfig, metrics: Metrics, plan_log: PlanLog | None = None
+    ) -> None:
+        """plan_log: records every epoch's plans and results."""
         self._config = config
+        self._plan_log = plan_log
         self._metrics = metrics
         self._planner: Planner | None = None
         self._requests = RunningRequests(
@@ -102,7 +111,8 @@ class StepLoop:
     def submit(self, request: Request) -> RequestStream:
         """Queue a validated request.
 
-        Raises NotReadyError, DrainingError, DuplicateRequestError or QueueFullError.
+        Raises NotReadyError, DrainingError, DuplicateRequestError, QueueFullError, or
+        InvalidRequestError where the executors' limits have shrunk since the validation.
         """
         planner, tokenizer = self._planner, self._tokenizer
         if self._is_draining:
@@ -111,6 +121,7 @@ class StepLoop:
             raise NotReadyError("the model still loads; GetModel says how far it is")
         if request.request_id in self._requests:
             raise DuplicateRequestError(request.request_id)
+        self._check_fits(request)
         num_sequences = request.sampling_params.n
         num_tokens = num_sequences * len(request.prompt_token_ids)
         if len(planner.waiting) + num_sequences > self._config.max_queued_requests:
@@ -120,6 +131,18 @@ class StepLoop:
         stream = self._requests.add(request, planner.add(request), tokenizer)
         self._wake.set()
         return stream
+
+    def _check_fits(self, request: Request) -> None:
+        """Executors may have come back with less while the request was validated."""
+        assert self.model is not None
+        limit = self.model.max_model_len
+        num_tokens = len(request.prompt_token_ids) + request.sampling_params.max_tokens
+        if num_tokens > limit:
+            description = f"{num_tokens} tokens of prompt and output are more than the {limit} "
+            violation = FieldViolation(
+                field="input", description=description + "that fit now; ask GetModel again"
+            )
+            raise InvalidRequestError([violation])
 
     def cancel(self, request_id: str) -> bool:
         """End a request; its stream ends with what it has. False where it does not run."""
@@ -137,14 +160,17 @@ class StepLoop:
 
     async def run(self) -> None:
         """Serve epochs until cancelled; an executor that is lost is waited for."""
-        group = ExecutorGroup(self._config.executor_addresses)
+        await _run_until_one_ends(self._serve_epochs(), self._keep_house())
+
+    async def _serve_epochs(self) -> None:
+        group = ExecutorGroup(self._config.executor_addresses, self._plan_log)
         epoch = time.time_ns()  # above any epoch of a scheduler before this one
         try:
             while True:
                 descriptions = await self._wait_until_ready(group)
                 epoch += 1
                 try:
-                    stream = await group.open_epoch(epoch, descriptions)
+                    stream = await self._open_epoch(group, epoch, descriptions)
                     try:
                         await self._serve_epoch(stream)
                     finally:
@@ -159,6 +185,16 @@ class StepLoop:
                         self._requests.deliver(self._planner.reset_epoch())
         finally:
             await group.close()
+
+    async def _open_epoch(
+        self, group: ExecutorGroup, epoch: int, descriptions: list[Description]
+    ) -> PlanStream:
+        """Opening has the deadline of a step: a rank may stop between Describe and here."""
+        try:
+            async with asyncio.timeout(self._config.step_timeout_ms / 1e3):
+                return await group.open_epoch(epoch, descriptions)
+        except TimeoutError:
+            raise PlanStreamError("an executor did not open the epoch in time") from None
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for running ones; then end what is left."""
@@ -190,8 +226,6 @@ class StepLoop:
             if problem and problem != complaint:
                 complaint = problem
                 log.error("executors are not ready", cause=problem)
-            if self._planner is not None:
-                self._requests.deliver(self._planner.expire(now_ms()))
             await asyncio.sleep(_DESCRIBE_INTERVAL_S)
 
     def _note_load_progress(self, descriptions: list[Description]) -> None:
@@ -243,23 +277,11 @@ class StepLoop:
         self._last_reply_ms = now_ms()
         self._is_connected = True
         self._wake.set()
-        # Not a TaskGroup: 3.11's loses the caller's cancellation when a task fails meanwhile.
-        tasks = [
-            asyncio.create_task(work)
-            for work in (
-                self._send_plans(stream, self._planner),
-                self._receive_results(stream, self._planner),
-                self._keep_house(self._planner),
-            )
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            task.result()
+        await _run_until_one_ends(
+            self._send_plans(stream, self._planner),
+            self._receive_results(stream, self._planner),
+            self._watch_steps(),
+        )
 
     async def _send_plans(self, stream: PlanStream, planner: Planner) -> None:
         while True:
@@ -298,15 +320,23 @@ class StepLoop:
                 num_batched_tokens=sent.num_tokens,
             )
 
-    async def _keep_house(self, planner: Planner) -> None:
-        """Deadlines, slow readers, and steps that do not come back."""
+    async def _watch_steps(self) -> None:
+        """End the epoch where a step does not come back."""
         while True:
             await asyncio.sleep(_HOUSEKEEPING_INTERVAL_S)
+            if self._step_age_ms(now_ms()) > self._config.step_timeout_ms:
+                raise PlanStreamError("a step is overdue")
+
+    async def _keep_house(self) -> None:
+        """Deadlines and slow readers, whether executors are there or not."""
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_INTERVAL_S)
+            planner = self._planner
+            if planner is None:
+                continue
             now = now_ms()
             self._requests.deliver(planner.expire(now))
             self._requests.end_slow_readers(now, self._config.unread_timeout_ms)
-            if self._step_age_ms(now) > self._config.step_timeout_ms:
-                raise PlanStreamError("a step is overdue")
             self._metrics.set_load(
                 num_running=len(planner.running), num_waiting=len(planner.waiting)
             )
@@ -331,3 +361,17 @@ class StepLoop:
         if self._planner is not None:
             self._planner.finish(sequence, reason)
             self._wake.set()
+
+
+async def _run_until_one_ends(*works: Coroutine[Any, Any, None]) -> None:
+    """Run works side by side; when one ends, or fails, or the caller is cancelled, end all."""
+    # Not a TaskGroup: 3.11's loses the caller's cancellation when a task fails meanwhile.
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()

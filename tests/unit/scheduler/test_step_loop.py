@@ -20,6 +20,7 @@ from stepwire_scheduler.errors import (
     DuplicateRequestError,
     ExecutorLostError,
     InternalError,
+    InvalidRequestError,
     NotReadyError,
     QueueFullError,
     SlowReaderError,
@@ -267,7 +268,7 @@ async def test_blocks_are_back_within_a_step_of_any_end(how: str, delay_s: float
     async with served(executor) as port, looping(port) as loop:
         await ready(loop)
         deadline_in_ms = delay_s * 1e3 if how == "deadline" else 60_000
-        stream = loop.submit(request(max_tokens=1_000, deadline_in_ms=deadline_in_ms))
+        stream = loop.submit(request(max_tokens=250, deadline_in_ms=deadline_in_ms))
         other = loop.submit(request([9, 9], request_id="other"))
         await asyncio.sleep(delay_s)
         if how == "cancel":
@@ -288,7 +289,7 @@ async def test_blocks_are_back_within_a_step_of_any_end(how: str, delay_s: float
 async def test_a_cancelled_stream_ends_with_what_it_has() -> None:
     async with served(HashingExecutor(step_seconds=0.01)) as port, looping(port) as loop:
         await ready(loop)
-        stream = loop.submit(request(max_tokens=500))
+        stream = loop.submit(request(max_tokens=250))
         await eventually(lambda: stream.usage.num_output_tokens > 3)
         loop.cancel("r")
         events = [event async for event in stream if isinstance(event, SequenceOutput)]
@@ -370,7 +371,7 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
 async def test_what_outlasts_the_drain_is_told_so() -> None:
     async with served(HashingExecutor(step_seconds=0.05)) as port, looping(port) as loop:
         await ready(loop)
-        stream = loop.submit(request(max_tokens=500))
+        stream = loop.submit(request(max_tokens=250))
         await loop.drain(0.05)
         with pytest.raises(DrainingError):
             await read(stream)
@@ -435,3 +436,34 @@ async def test_ranks_that_diverge_end_the_epoch_and_nothing_is_lost() -> None:
         await ready(loop)
         assert await read(loop.submit(request())) == {0: expected_output([1, 2, 3, 4, 5], 20)}
         assert ranks[0].num_epochs == ranks[1].num_epochs == 2
+
+
+class SilentExecutor(HashingExecutor):
+    """Takes a stream and never opens its epoch."""
+
+    async def Execute(
+        self, requests: AsyncIterator[pb.ExecuteRequest], context: Any
+    ) -> AsyncIterator[pb.ExecuteResponse]:
+        self.num_epochs += 1
+        await asyncio.Event().wait()
+        yield pb.ExecuteResponse()
+
+
+async def test_an_epoch_that_is_not_opened_is_given_up_and_deadlines_hold_meanwhile() -> None:
+    executor = SilentExecutor()
+    async with served(executor) as port, looping(port, step_timeout_ms=2_000) as loop:
+        await eventually(lambda: executor.num_epochs == 1)
+        with pytest.raises(DeadlineExceededError):
+            await read(loop.submit(request(deadline_in_ms=50)))
+        assert executor.num_epochs == 1
+        await eventually(lambda: executor.num_epochs > 1)
+
+
+async def test_what_no_longer_fits_is_refused_and_ends_nothing_else() -> None:
+    executor = HashingExecutor(num_blocks=4)
+    async with served(executor) as port, looping(port) as loop:
+        await ready(loop)
+        with pytest.raises(InvalidRequestError, match="more than the 16"):
+            loop.submit(request(max_tokens=12))
+        output = await read(loop.submit(request(max_tokens=11)))
+        assert output[0] == expected_output([1, 2, 3, 4, 5], 11)
