@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PROTOS := $(shell find protos -name '*.proto')
 PROMPT ?= What is the capital of France?
 MODEL ?= smollm2-135m
+# Two tests at a time; those that start processes are one group, one at a time.
+SPREAD := -n 2 --dist loadgroup
 
 # An interpreter with torch and triton, used as it is; by default .venv is set up and used.
 GPU_PYTHON ?=
@@ -29,11 +31,11 @@ serve: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/stepwire pull $(MODEL)
-	$(BIN)/pytest -m "not long" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not long" $(SPREAD) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.dev
 	$(BIN)/stepwire pull $(MODEL)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(SPREAD) $(PYTEST_ARGS)
 
 # The scheduler among simulated executors and clients that fail; FAULTS_ARGS="--seed N --trace"
 # replays one.

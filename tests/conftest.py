@@ -16,6 +16,17 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+_PROCESS_FOLDERS = ("integration", "install")
+"""Tests that start processes, which share the cores and session-wide clusters."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that start processes in one group, where tests are spread over workers."""
+    for item in items:
+        if any(folder in item.path.parts for folder in _PROCESS_FOLDERS):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The real model with its tokenizer, as `stepwire pull smollm2-135m` leaves it."""
