@@ -53,6 +53,10 @@ def rehearse(name: str, *, is_warm_up: bool = False) -> Outcome:
 _FOUND_KEYS: set[str] = set()
 
 
+in_one_worker = pytest.mark.xdist_group("rehearsals")
+
+
+@in_one_worker
 @pytest.mark.parametrize("name", [section.name for section in SECTIONS])
 def test_a_section_runs_and_finds_nothing_wrong(name: str) -> None:
     outcome = rehearse(name)
@@ -63,6 +67,7 @@ def test_a_section_runs_and_finds_nothing_wrong(name: str) -> None:
     _FOUND_KEYS.update(row.key for row in outcome.rows if row.key is not None)
 
 
+@in_one_worker
 def test_the_sections_together_fill_the_table_of_targets() -> None:
     if len(_FOUND_KEYS) < 3:
         pytest.skip("needs the rehearsals of this file to have run before")
