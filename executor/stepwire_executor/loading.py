@@ -16,8 +16,10 @@ from stepwire_executor.config import ExecutorConfig, resolve_capacity
 from stepwire_executor.device import choose_device, device_label
 from stepwire_executor.engine.building import EngineParts, build_device_engine, build_host_engine
 from stepwire_executor.engine.key_offsets import measure_key_offsets
+from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.host import default_num_threads
 from stepwire_executor.kernels import select_kernels
+from stepwire_executor.kernels.native.build import KernelBuildError
 from stepwire_executor.kv_cache import FP8_DTYPE
 from stepwire_executor.load_status import ModelDescription
 from stepwire_executor.model.loader import SUPPORTED_DTYPES, load_model
@@ -46,7 +48,10 @@ def load_runner(
     device = choose_device(config.device, config.local_rank)
     torch.set_num_threads(config.num_threads or default_num_threads(config))
     on_progress("choose kernels", 0.0)
-    kernels = select_kernels(device, config.kernels)
+    try:
+        kernels = select_kernels(device, config.kernels)
+    except KernelBuildError as error:
+        raise ModelLoadError(str(error)) from None
     on_progress("convert tokenizer", 0.0)
     _convert_tokenizer(Path(config.model))
     group = join_group(

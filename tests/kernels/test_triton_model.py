@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from stepwire_executor.config import ExecutorConfig
+from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kernels import Kernels, select_kernels
 from stepwire_executor.kernels.native import KernelBuildError
 from stepwire_executor.kernels.select import reference_kernels
+from stepwire_executor.loading import load_runner
 from stepwire_executor.model import LoadedModel, load_model
 from support.kernels_support import sampling_batch
 from support.model_steps import CPU, ModelSteps, SteppedSequence
@@ -85,3 +88,12 @@ def test_without_the_package_triton_the_error_names_it(monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(KernelBuildError, match="pip install triton"):
         select_kernels(CPU, "triton")
+
+
+def test_kernels_that_cannot_run_end_the_load_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = ExecutorConfig(model="m", kernels="triton", device="cpu")
+    with pytest.raises(ModelLoadError, match="use --kernels native"):
+        load_runner(config, lambda phase, fraction: None)
