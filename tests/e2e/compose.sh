@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Holds docker-compose.yml to what docs/deployment.md says of it: builds both images, starts them,
-# streams an answer through the published port, kills the executor in the middle of another, and
-# takes everything down again.
+# Holds docker-compose.yml to what docs/deployment.md says of it: builds the images, starts the
+# scheduler and three tensor-parallel executors, streams an answer through the published port,
+# kills an executor in the middle of another, first one then rank 0, and takes everything down
+# again.
 #
 # usage: tests/e2e/compose.sh        needs Docker with Compose v2, the model, and .venv (make run)
 #   STEPWIRE_MODEL_DIR    folder of the model; default: that of `stepwire pull smollm2-135m`
@@ -13,7 +14,9 @@ cd "$(dirname "$0")/../.."
 
 python=${PYTHON:-.venv/bin/python}
 export COMPOSE_PROJECT_NAME=stepwire-e2e # its own containers, networks and volume
+export COMPOSE_PROFILES=cpu
 export STEPWIRE_PORT=${STEPWIRE_PORT:-50951}
+executors=(executor-0 executor-1 executor-2)
 
 wheel_server=
 clean_up() {
@@ -27,6 +30,7 @@ clean_up() {
 trap clean_up EXIT
 
 say() { printf '\n== %s\n' "$*"; }
+inspect() { docker inspect --format "$1" "$(docker compose ps --all --quiet "$2")"; } # FORMAT SERVICE
 fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
 
 say "build"
@@ -43,11 +47,11 @@ say "start"
 docker compose up --detach --wait --wait-timeout "${TIMEOUT_S:-300}"
 docker compose ps
 
-say "the scheduler has no torch, neither is root, neither writes to its image"
+say "the scheduler has no torch, nobody is root, nobody writes to an image"
 docker compose exec -T scheduler python -c '
 from importlib.util import find_spec
 assert not (find_spec("torch") or find_spec("numpy") or find_spec("stepwire_executor"))'
-for service in scheduler executor; do
+for service in scheduler "${executors[@]}"; do
   [[ $(docker compose exec -T "$service" id -u) == 10001 ]] || fail "$service does not run as 10001"
   for path in /probe /opt/stepwire/probe /models/model/probe; do
     if docker compose exec -T "$service" touch "$path" 2> /dev/null; then
@@ -58,21 +62,24 @@ done
 
 say "only the scheduler's port is published, on loopback"
 [[ $(docker compose port scheduler 50051) == "127.0.0.1:$STEPWIRE_PORT" ]] || fail "scheduler's port"
-published=$(docker inspect --format '{{range $port, $to := .NetworkSettings.Ports}}{{range $to}}{{$port}} {{end}}{{end}}' \
-  "$(docker compose ps --quiet executor)")
-[[ -z $published ]] || fail "the executor publishes $published"
+for service in "${executors[@]}"; do
+  published=$(inspect '{{range $port, $to := .NetworkSettings.Ports}}{{range $to}}{{$port}} {{end}}{{end}}' "$service")
+  [[ -z $published ]] || fail "$service publishes $published"
+done
 
-say "stream, then stream while the executor is killed"
-# The executor is the one child of init, which is process 1.
-"$python" tests/e2e/compose_client.py "127.0.0.1:$STEPWIRE_PORT" \
-  docker compose exec -T executor sh -c 'kill -KILL $(cat /proc/1/task/1/children)'
-restarts=$(docker inspect --format '{{.RestartCount}}' "$(docker compose ps --quiet executor)")
-((restarts == 1)) || fail "the executor was restarted $restarts times"
+for victim in executor-1 executor-0; do
+  say "stream, then stream while $victim is killed"
+  # The executor is the one child of init, which is process 1.
+  "$python" tests/e2e/compose_client.py "127.0.0.1:$STEPWIRE_PORT" \
+    docker compose exec -T "$victim" sh -c 'kill -KILL $(cat /proc/1/task/1/children)'
+  (($(inspect '{{.RestartCount}}' "$victim") > 0)) || fail "$victim was not restarted"
+done
 
 say "stop"
+docker compose stop --timeout 40 scheduler # it drains, and needs the executors for that
 docker compose stop --timeout 40
-for service in scheduler executor; do
-  status=$(docker inspect --format '{{.State.ExitCode}}' "$(docker compose ps --all --quiet "$service")")
+for service in scheduler "${executors[@]}"; do
+  status=$(inspect '{{.State.ExitCode}}' "$service")
   ((status == 0)) || fail "$service ended with $status"
 done
 say "passed"
