@@ -202,6 +202,14 @@ class ExecutorConfig:
         ),
     )
     """Prefix of the group's keys in the store."""
+    drain_timeout_ms: int = field(
+        default=10_000,
+        metadata=_setting(
+            texts.integer(low=0, high=3_600_000),
+            "after SIGTERM, longest wait for the scheduler to take its sequences back",
+        ),
+    )
+    """Milliseconds that the scheduler has, after SIGTERM, to take its sequences back."""
     log_level: LogLevel = field(
         default="info",
         metadata=_setting(

@@ -1,4 +1,7 @@
-"""How far the load has come; written by the compute thread, read by the event loop."""
+"""How far the load has come; written by the compute thread, read by the event loop.
+
+Once it has ended, by the event loop alone.
+"""
 
 from __future__ import annotations
 
@@ -92,6 +95,10 @@ class LoadStatus:
             description=description,
             finished_s=time.monotonic(),
         )
+
+    def drain(self) -> None:
+        """The process is to end, and opens no further epoch."""
+        self._progress = replace(self._progress, state=LoadState.LOAD_STATE_DRAINING, phase="drain")
 
     def fail(self, error: str) -> None:
         """The model cannot be had; error is one line that names the fix."""

@@ -54,18 +54,23 @@ class _LoadCancelledError(Exception):
 async def serve(config: ExecutorConfig) -> int:
     """Run until SIGTERM, SIGINT, a failed load or a broken device; return the exit status.
 
+    A signal drains: the scheduler is told and closes its stream. A second one ends at once.
     Prints one line, `listening on HOST:PORT`, once the server is up and before the load.
     Raises ListenError where the address cannot be had.
     """
     loop = asyncio.get_running_loop()
     compute, load = ComputeThread(), LoadStatus()
-    stopped = asyncio.Event()
+    stopped, hurried = asyncio.Event(), asyncio.Event()
     broken: list[str] = []
 
     def on_broken(reason: str) -> None:
         broken.append(reason)
         with contextlib.suppress(RuntimeError):  # The loop has closed: the process is ending.
             loop.call_soon_threadsafe(stopped.set)
+            loop.call_soon_threadsafe(hurried.set)
+
+    def on_signal() -> None:
+        (hurried if stopped.is_set() else stopped).set()
 
     service = ExecutorService(
         compute=compute,
@@ -93,7 +98,7 @@ async def serve(config: ExecutorConfig) -> int:
         _log.warning("insecure_listen", listen=config.listen, detail="peers are not authenticated")
 
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stopped.set)
+        loop.add_signal_handler(signum, on_signal)
     loaded: asyncio.Future[Exception | None] = loop.create_future()
 
     def load_job() -> None:
@@ -120,6 +125,9 @@ async def serve(config: ExecutorConfig) -> int:
             status = 1
             _report_failure(error, load)
             await asyncio.wait((stopping,), timeout=FAILED_LOAD_LINGER_S)
+    if loaded.done() and status == 0 and not broken:
+        await health.set(SERVICE_NAME, HealthCheckResponse.NOT_SERVING)
+        await _drain(service, hurried, config.drain_timeout_ms / 1e3)
     if broken:
         # Whoever supervises starts a process whose device, or whose group, works.
         status = 1
@@ -134,6 +142,21 @@ async def serve(config: ExecutorConfig) -> int:
     await server.stop(grace=1.0)
     stopping.cancel()
     return status
+
+
+async def _drain(service: ExecutorService, hurried: asyncio.Event, timeout_s: float) -> None:
+    """Wait for the scheduler to take its sequences back; give up after timeout_s, or hurried."""
+    service.drain()
+    _log.info("draining", timeout_s=timeout_s)
+    ways = [
+        asyncio.create_task(service.wait_until_no_stream()),
+        asyncio.create_task(hurried.wait()),
+    ]
+    done, late = await asyncio.wait(ways, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if ways[0] not in done:
+        _log.warning("drain_given_up", hurried=hurried.is_set())
+    for way in late:
+        way.cancel()
 
 
 def _load(

@@ -8,6 +8,7 @@ one ends the stream before it, and what that one still had queued is dropped.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from grpc import aio
 from stepwire.executor.v1.executor_pb2 import (
     DescribeRequest,
     DescribeResponse,
+    Draining,
     EpochOpened,
     ExecuteRequest,
     ExecuteResponse,
@@ -36,6 +38,8 @@ from stepwire_executor.load_status import LoadStatus
 
 MAX_OUTSTANDING_PLANS = 8
 """Plans of a stream that are read and not yet answered; more wait in the transport."""
+STUCK_AFTER_S = 20.0
+"""A step that runs for so long after its stream has ended will not end by itself."""
 
 _log: Any = structlog.get_logger("stepwire_executor.service")
 _Outcome = TypeVar("_Outcome")
@@ -91,7 +95,7 @@ class _EpochStream:
         self.epoch = epoch
         self.is_closed = False
         self.room = asyncio.Semaphore(MAX_OUTSTANDING_PLANS)
-        # Bounded by room: a job posts once, and an end is posted at most a few times.
+        # Bounded by room: a job posts once; a notice, and an end, come at most a few times.
         self._outbox: asyncio.Queue[ExecuteResponse | StreamEnd | None] = asyncio.Queue()
         self._loop = loop
 
@@ -115,7 +119,8 @@ class _EpochStream:
             if isinstance(item, StreamEnd):
                 raise item
             yield item
-            self.room.release()
+            if not item.HasField("draining"):
+                self.room.release()
 
     def _call(self, function: Callable[[Any], None], argument: Any) -> None:
         try:
@@ -140,8 +145,8 @@ class ExecutorService(ExecutorServiceServicer):
         """Serve with nothing loaded yet.
 
         instance_id: changes with every start of the process. rank, world_size: place in the
-        tensor-parallel group. on_broken: told, on the compute thread, why no further step can
-        run in this process.
+        tensor-parallel group. on_broken: told, on any thread, why no further step can run in
+        this process.
         """
         self._rank = rank
         self._world_size = world_size
@@ -152,11 +157,25 @@ class ExecutorService(ExecutorServiceServicer):
         self._runner: StepRunner | None = None
         self._last_epoch = 0
         self._current: _EpochStream | None = None
+        self._is_draining = False
         self._is_stopping = False
+        self._has_no_stream = asyncio.Event()
+        self._has_no_stream.set()
 
     def set_runner(self, runner: StepRunner) -> None:
         """Accept epochs from now on; the load's status holds the model's description."""
         self._runner = runner
+
+    def drain(self) -> None:
+        """Tell the scheduler, and accept no other epoch; the live stream's plans are run on."""
+        self._is_draining = True
+        self._load.drain()
+        if self._current is not None:
+            self._current.post(ExecuteResponse(draining=Draining()))
+
+    async def wait_until_no_stream(self) -> None:
+        """Return once the scheduler has closed the live stream, if there is one."""
+        await self._has_no_stream.wait()
 
     def stop(self) -> None:
         """End the live stream once the step in flight is answered, and accept no other."""
@@ -213,8 +232,24 @@ class ExecutorService(ExecutorServiceServicer):
                 reader.cancel()
             if stream is not None:
                 stream.is_closed = True
+                self._watch_last_step(stream.epoch)
                 if self._current is stream:
                     self._current = None
+                    self._has_no_stream.set()
+
+    def _watch_last_step(self, epoch: int) -> None:
+        """Report that the process is broken where the last step of a closed stream never ends."""
+        has_ended = threading.Event()
+        self._compute.submit_last(has_ended.set)
+
+        def check() -> None:
+            if not has_ended.is_set():
+                _log.error("step_stuck", epoch=epoch)
+                self._on_broken(
+                    f"a step has not ended {STUCK_AFTER_S:g} s after the scheduler gave it up"
+                )
+
+        asyncio.get_running_loop().call_later(STUCK_AFTER_S, check)
 
     async def _open(
         self, requests: AsyncIterator[ExecuteRequest]
@@ -233,6 +268,7 @@ class ExecutorService(ExecutorServiceServicer):
         if older is not None:
             older.end(StreamEnd(grpc.StatusCode.ABORTED, f"a newer stream opened epoch {epoch}"))
         stream = self._current = _EpochStream(epoch, asyncio.get_running_loop())
+        self._has_no_stream.clear()
         await stream.room.acquire()
         opened = ExecuteResponse(epoch_opened=EpochOpened(epoch=epoch))
 
@@ -247,7 +283,7 @@ class ExecutorService(ExecutorServiceServicer):
 
     def _checked_runner(self, open_epoch: OpenEpoch) -> StepRunner:
         description = self._load.progress.description
-        if self._is_stopping:
+        if self._is_stopping or self._is_draining:
             raise StreamEnd(grpc.StatusCode.UNAVAILABLE, "the executor is stopping")
         if self._runner is None or description is None:
             state = LoadState.Name(self._load.progress.state).removeprefix("LOAD_STATE_").lower()
@@ -311,6 +347,7 @@ class ExecutorService(ExecutorServiceServicer):
                 result = self._attempt(runner, stream, plan, pending.finish)
                 if result is not None:
                     result.timings.queue_ms = queue_ms
+                    result.timings.elapsed_ms = 1e3 * (time.perf_counter() - received_s)
                     stream.post(ExecuteResponse(step_result=result))
 
             if pending.is_done and self._compute.num_deferred == 0:

@@ -15,7 +15,10 @@ from stepwire_scheduler.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "STEPWIRE_SCHEDULER_"
 
-_FLAG_OF_FIELD = {"executor_addresses": "executor"}
+_FLAG_OF_FIELD = {
+    "executor_addresses": "executor",
+    "standby_executor_addresses": "standby_executor",
+}
 _AT_LEAST_ZERO = {"max_resumes", "drain_timeout_ms"}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
@@ -68,14 +71,18 @@ def _parser(hints: Mapping[str, Any], *, show_help: bool) -> argparse.ArgumentPa
     for setting in fields(SchedulerConfig):
         default = setting.default
         text = descriptions.get(setting.name, "")
-        if default is not MISSING and default is not None:
+        if default not in (MISSING, None, ()):
             shown = ",".join(default) if isinstance(default, tuple) else default
             text += f" Default: {shown}."
-        is_switch = hints[setting.name] is bool
+        hint = hints[setting.name]
         parser.add_argument(
             "--" + _flag_name(setting.name),
             dest=setting.name,
-            action=argparse.BooleanOptionalAction if is_switch else "store",
+            action=argparse.BooleanOptionalAction
+            if hint is bool
+            else "append"
+            if _is_list_of_groups(hint)
+            else "store",
             default=None,
             help=text.replace("%", "%%"),
         )
@@ -96,10 +103,21 @@ def _field_docstrings() -> dict[str, str]:
     }
 
 
-def _convert(name: str, hint: Any, value: str | bool, source: str) -> Any:
-    """The value in the field's type; source names the flag or variable in errors."""
+def _is_list_of_groups(hint: Any) -> bool:
+    return bool(hint == tuple[tuple[str, ...], ...])
+
+
+def _convert(name: str, hint: Any, value: str | bool | list[str], source: str) -> Any:
+    """The value in the field's type; source names the flag or variable in errors.
+
+    value: a list where the flag may be repeated.
+    """
     if isinstance(value, bool):
         return value
+    if isinstance(value, list):
+        value = ";".join(value)
+    if _is_list_of_groups(hint):
+        return tuple(_split(group, ",") for group in _split(value, ";"))
     if get_origin(hint) is Literal:
         choices: tuple[str, ...] = get_args(hint)
         if value not in choices:
@@ -115,10 +133,14 @@ def _convert(name: str, hint: Any, value: str | bool, source: str) -> Any:
             raise ConfigError(f"{source} must be a whole number, at least {least}, not {value!r}")
         return int(value)
     if get_origin(hint) is tuple:
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        return _split(value, ",")
     if not value:
         raise ConfigError(f"{source} is empty")
     return value
+
+
+def _split(text: str, separator: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(separator) if part.strip())
 
 
 def split_address(address: str, source: str) -> tuple[str, int]:
@@ -153,3 +175,9 @@ def _check_addresses(config: SchedulerConfig) -> None:
         raise ConfigError("--executor is empty")
     for address in config.executor_addresses:
         split_address(address, "--executor")
+    seen = set(config.executor_addresses)
+    for address in (each for group in config.standby_executor_addresses for each in group):
+        split_address(address, "--standby-executor")
+        if address in seen:
+            raise ConfigError(f"--standby-executor {address} is named already: name each once")
+        seen.add(address)

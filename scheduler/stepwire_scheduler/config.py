@@ -19,6 +19,10 @@ class SchedulerConfig:
     """Name that clients see; default: the last part of the model's path."""
     executor_addresses: tuple[str, ...] = ("127.0.0.1:50052",)
     """HOST:PORT of each executor rank, comma-separated, rank 0 first."""
+    standby_executor_addresses: tuple[tuple[str, ...], ...] = ()
+    """Another group of executors with the same model, as --executor; may be repeated, or separated
+    by semicolons. When the group that computes is lost or drains, the first that is ready goes on.
+    """
     listen: str = "127.0.0.1:50051"
     """HOST:PORT of the gRPC server; port 0 takes a free one."""
     metrics_listen: str | None = None
@@ -28,7 +32,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int | None = None
     """Most tokens in one step; default: the executor's."""
     max_num_prefill_tokens: int = 512
-    """Most prompt tokens in one step while other sequences decode: bounds their gaps."""
+    """Most tokens to prefill in one step while other streams go on: bounds their gaps."""
     max_inflight_steps: int = 2
     """Step plans sent ahead of their results; 1 waits for each."""
     scheduling_policy: SchedulingPolicy = "fcfs"

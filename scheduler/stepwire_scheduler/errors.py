@@ -26,8 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from grpc import StatusCode
+
+EpochEnd = Literal["handover", "lost", "overdue", "refused", "disagreed"]
+"""Why an epoch was over: a rank asked for it; a stream broke; a step, or the opening, did not come
+back in time; a rank did not open the epoch; results contradicted the plan or one another."""
 
 ERROR_DOMAIN = "stepwire.dev"
 """Domain of every google.rpc.ErrorInfo."""
@@ -65,6 +70,12 @@ class TokenizerFilesError(SchedulerError):
 
 class PlanStreamError(SchedulerError):
     """The plan stream broke, so the epoch is over; for the step loop and the log."""
+
+    cause: EpochEnd = "lost"
+
+    def __init__(self, message: str, *, cause: EpochEnd = "lost") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class ExecutorMismatchError(SchedulerError):

@@ -46,12 +46,16 @@ class StepReply:
 
     epoch: int
     outcome: StepOutcome
-    execute_ms: float
-    """Prepare, forward and sample together."""
+    elapsed_ms: float
+    """From the plan's receipt to the result, on rank 0."""
+    busy_ms: float
+    """What computes had the step's work."""
+    idle_ms: float
+    """What computes had nothing to do before that."""
 
 
 class ExecutorGroup:
-    """Connections to every rank of one model."""
+    """Connections to every rank that computes one model together."""
 
     def __init__(self, addresses: Sequence[str], plan_log: PlanLog | None = None) -> None:
         """addresses: host:port of each rank, in any order. plan_log: is told of every epoch."""
@@ -61,6 +65,9 @@ class ExecutorGroup:
             grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) for address in addresses
         ]
         self._stubs = [executor_pb2_grpc.ExecutorServiceStub(c) for c in self._channels]
+
+    def __str__(self) -> str:
+        return ",".join(self._addresses)
 
     async def describe(self) -> list[Description]:
         """Ask every rank what it is; raises PlanStreamError if one does not answer."""
@@ -160,6 +167,8 @@ class PlanStream:
         ]
         self._plans: dict[int, StepPlan] = {}
         """Without a result, oldest first."""
+        self.drain_notice = asyncio.Event()
+        """Set once a rank is to end: no plan should follow."""
 
     async def open(self, model_fingerprint: str) -> None:
         """Send OpenEpoch and wait for every rank's answer."""
@@ -169,9 +178,9 @@ class PlanStream:
         if self._plan_log is not None:
             self._plan_log.request(request)
         await self._on_all(lambda call: call.write(request))
-        for response in await self._on_all(lambda call: call.read()):
+        for response in await self._on_all(self._read):
             if response.epoch_opened.epoch != self.epoch:
-                raise PlanStreamError("an executor opened another epoch")
+                raise PlanStreamError("an executor opened another epoch", cause="disagreed")
 
     async def send(self, plan: StepPlan) -> None:
         """Send a plan; raises PlanStreamError."""
@@ -183,7 +192,7 @@ class PlanStream:
 
     async def receive(self) -> StepReply:
         """Wait for the next step's result from all ranks; raises PlanStreamError."""
-        responses = await self._on_all(lambda call: call.read())
+        responses = await self._on_all(self._read)
         if self._plan_log is not None:
             self._plan_log.response(responses[0])
         result = responses[0].step_result
@@ -193,22 +202,34 @@ class PlanStream:
                 result.step_id,
                 result.slot_table_checksum,
             ):
-                raise PlanStreamError(f"ranks diverged at step {result.step_id}")
+                raise PlanStreamError(f"ranks diverged at step {result.step_id}", cause="disagreed")
         oldest = next(iter(self._plans), None)
         if (result.epoch, result.step_id) != (self.epoch, oldest):
-            raise PlanStreamError(f"a result came for step {result.step_id}, not for {oldest}")
+            raise PlanStreamError(
+                f"a result came for step {result.step_id}, not for {oldest}", cause="disagreed"
+            )
         plan = self._plans.pop(result.step_id)
         timings = result.timings
         return StepReply(
             epoch=result.epoch,
             outcome=parse_result(plan, result),
-            execute_ms=timings.prepare_ms + timings.forward_ms + timings.sample_ms,
+            elapsed_ms=timings.elapsed_ms,
+            busy_ms=timings.forward_ms + timings.sample_ms,
+            idle_ms=timings.idle_ms,
         )
 
     def cancel(self) -> None:
         """End the streams; safe to repeat."""
         for call in self._calls:
             call.cancel()
+
+    async def _read(self, call: Any) -> Any:
+        """The next response; notices are taken out."""
+        while True:
+            response = await call.read()
+            if response is grpc.aio.EOF or not response.HasField("draining"):
+                return response
+            self.drain_notice.set()
 
     async def _on_all(
         self, operation: Callable[[Any], Awaitable[Any]]
@@ -258,13 +279,13 @@ def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome
     expected = [slot_of_work[id(sequence)] for sequence in plan.sampled_sequences]
     sampled = list(result.sampled_slots)
     if not failures.keys() <= set(plan.work_slots):
-        raise PlanStreamError(f"step {plan.step_id} failed slots that it was not given")
+        raise _disagreement(plan, "failed slots that it was not given")
     if sampled != [slot for slot in expected if slot not in failures]:
-        raise PlanStreamError(f"step {plan.step_id} sampled other slots than it was asked to")
+        raise _disagreement(plan, "sampled other slots than it was asked to")
     if any(count != 1 for count in result.num_sampled_tokens) or len(
         result.sampled_token_ids
     ) != len(sampled):
-        raise PlanStreamError(f"step {plan.step_id} sampled another number of tokens")
+        raise _disagreement(plan, "sampled another number of tokens")
     token_ids = list(result.sampled_token_ids)
     if failures:
         by_slot = dict(zip(sampled, token_ids, strict=True))
@@ -291,7 +312,7 @@ def _parse_logprobs(
             continue
         entry = next(entries, None)
         if entry is None:
-            raise PlanStreamError(f"step {plan.step_id} lacks log-probabilities")
+            raise _disagreement(plan, "lacks log-probabilities")
         parsed.append(
             Logprobs(
                 token_id=entry.token_id,
@@ -328,6 +349,10 @@ def _encode_admission(admission: Admission) -> executor_pb2.Admission:
             num_logprobs=params.num_logprobs,
         ),
     )
+
+
+def _disagreement(plan: StepPlan, what: str) -> PlanStreamError:
+    return PlanStreamError(f"step {plan.step_id} {what}", cause="disagreed")
 
 
 def _describe_loss(error: BaseException) -> str:

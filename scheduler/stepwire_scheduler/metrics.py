@@ -11,6 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from stepwire_scheduler.errors import EpochEnd
+
 _LATENCY_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0),
@@ -93,7 +95,31 @@ class Metrics:
         self._step_seconds = self._histogram(
             "step_seconds", "One step, from plan sent to result.", _STEP_BUCKETS_S
         )
+        self._wire_seconds = self._histogram(
+            "wire_seconds",
+            "Of a step, what the executor did not have it: the way there and back.",
+            _STEP_BUCKETS_S,
+        )
         self._step_tokens = self._histogram("step_tokens", "Tokens in one step.", _TOKEN_BUCKETS)
+        self._busy_seconds = self._counter(
+            "executor_busy_seconds", "Time in which rank 0 computed steps."
+        )
+        self._idle_seconds = self._counter(
+            "executor_idle_seconds",
+            "Time in which rank 0 had no step to compute though sequences could go on.",
+        )
+        self._epochs = self._counter(
+            "epochs_ended", "Epochs of the plan stream that ended, by cause.", "cause"
+        )
+        self._resumed = self._counter(
+            "sequences_resumed", "Running sequences whose executors were lost under them."
+        )
+        self._handed_over = self._counter(
+            "sequences_handed_over", "Running sequences that draining executors gave back."
+        )
+        self._ready_standbys = self._gauge(
+            "standby_groups_ready", "Groups of executors that could take over."
+        )
         self.registry.register(_Aliases(self._collectors, model_name))
 
     def on_request_queued(self) -> None:
@@ -139,6 +165,9 @@ class Metrics:
         blocks_total: int,
         schedule_seconds: float,
         step_seconds: float,
+        wire_seconds: float,
+        busy_seconds: float,
+        idle_seconds: float,
         num_batched_tokens: int,
     ) -> None:
         """A step's result came back."""
@@ -148,7 +177,19 @@ class Metrics:
         self._kv_usage.set(blocks_used / blocks_total if blocks_total else 0.0)
         self._schedule_seconds.observe(schedule_seconds)
         self._step_seconds.observe(step_seconds)
+        self._wire_seconds.observe(wire_seconds)
+        self._busy_seconds.inc(busy_seconds)
+        self._idle_seconds.inc(idle_seconds)
         self._step_tokens.observe(num_batched_tokens)
+
+    def on_epoch_ended(self, cause: EpochEnd, *, num_running: int) -> None:
+        """num_running: sequences that are queued again."""
+        self._epochs.labels(cause).inc()
+        (self._handed_over if cause == "handover" else self._resumed).inc(num_running)
+
+    def set_ready_standbys(self, num_groups: int) -> None:
+        """Groups beside the one that computes."""
+        self._ready_standbys.set(num_groups)
 
     def set_load(self, *, num_running: int, num_waiting: int) -> None:
         """Sequences now; also called when the last one ends."""

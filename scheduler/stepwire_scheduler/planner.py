@@ -30,7 +30,8 @@ class PlannerConfig:
     max_num_batched_tokens: int
     """Most tokens a step."""
     max_num_prefill_tokens: int
-    """Most prefill tokens a step while other sequences decode; bounds inter-token latency."""
+    """Most prefill tokens a step while streams that have begun decode, or wait to be recomputed;
+    bounds their gaps."""
     max_inflight_steps: int = 2
     """Plans that may be out without their result."""
     scheduling_policy: SchedulingPolicy = "fcfs"
@@ -165,11 +166,14 @@ class Planner:
         self.block_tables.pool.acknowledge(outcome.step_id)
         return updates
 
-    def reset_epoch(self) -> list[SequenceUpdate]:
+    def reset_epoch(self, *, is_handover: bool = False) -> list[SequenceUpdate]:
         """Forget what the executor held: every running sequence waits to be admitted again.
 
+        is_handover: the executors asked for it, and no plan is in flight; nothing is lost, so it
+        does not count against max_resumes.
         Returns those that have lost more than max_resumes epochs and end here.
         """
+        assert not (is_handover and self.inflight), "a handover waits for every result"
         for plan in self.inflight.values():
             for sequence in plan.sampled_sequences:
                 sequence.num_pending_tokens = 0
@@ -182,13 +186,22 @@ class Planner:
         failed: list[SequenceUpdate] = []
         for sequence in interrupted:
             sequence.forget_computed()
-            sequence.num_resumes += 1
+            sequence.num_resumes += not is_handover
             sequence.status = SequenceStatus.WAITING
             self.waiting.push(sequence)
             if sequence.num_resumes > self.config.max_resumes:
                 self.finish(sequence, FinishReason.ERROR)
                 failed.append(SequenceUpdate(sequence, error="the executor was lost repeatedly"))
+        self._choose_leaders()
         return failed
+
+    def _choose_leaders(self) -> None:
+        """Let the first sequence left of each request recompute the prompt for the others."""
+        leaders: dict[int, Sequence] = {}
+        several = (each for each in self.waiting if each.request.sampling_params.n > 1)
+        for sequence in sorted(several, key=_order_key):
+            leader = leaders.setdefault(id(sequence.request), sequence)
+            sequence.leader = None if leader is sequence else leader
 
     def reconfigure(self, config: PlannerConfig) -> list[SequenceUpdate]:
         """Adopt what executors offer that came back with another pool; between epochs only.
@@ -241,7 +254,7 @@ class Planner:
             ):
                 self._schedule(sequence, 1, plan)
                 budget -= 1
-        if plan.work_slots:
+        if plan.work_slots or self._is_recomputing(prefills):
             budget = min(budget, self.config.max_num_prefill_tokens)
         budget = self._plan_prefills(prefills, budget, plan)
         if budget > 0 and plan.num_preemptions == 0:
@@ -253,6 +266,16 @@ class Planner:
         self._last_step_id = plan.step_id
         self.inflight[plan.step_id] = plan
         return plan
+
+    def _is_recomputing(self, prefills: list[Sequence]) -> bool:
+        """Whether a stream that has begun waits for its next token.
+
+        Then one large step would let the first of many wait for the last of those that it holds.
+        """
+        first = self.waiting.peek()
+        return any(sequence.num_output_tokens for sequence in prefills) or (
+            first is not None and first.num_output_tokens > 0
+        )
 
     def _plan_prefills(self, prefills: list[Sequence], budget: int, plan: StepPlan) -> int:
         for sequence in prefills:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from stepwire.executor.v1 import executor_pb2
 from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
 
 from stepwire_scheduler.clock import now_ms
@@ -19,20 +18,16 @@ from stepwire_scheduler.detokenizer import TokenBytes
 from stepwire_scheduler.errors import (
     DrainingError,
     DuplicateRequestError,
+    EpochEnd,
     ExecutorLostError,
-    ExecutorMismatchError,
     FieldViolation,
     InvalidRequestError,
     NotReadyError,
     PlanStreamError,
     QueueFullError,
 )
-from stepwire_scheduler.executor_client import (
-    ExecutorGroup,
-    PlanStream,
-    check_agreement,
-    check_ranks,
-)
+from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream
+from stepwire_scheduler.executor_groups import DESCRIBE_INTERVAL_S, ExecutorGroups, ReadyGroup
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.plan import StepPlan
 from stepwire_scheduler.plan_log import PlanLog
@@ -42,7 +37,6 @@ from stepwire_scheduler.running_requests import RunningRequests
 from stepwire_scheduler.sequence import FinishReason, Request, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState, served_model
 
-_DESCRIBE_INTERVAL_S = 0.05
 _HOUSEKEEPING_INTERVAL_S = 0.05
 
 log = structlog.get_logger(__name__)
@@ -53,13 +47,15 @@ class _SentPlan:
     sent_ms: float
     schedule_ms: float
     num_tokens: int
+    had_work_before: bool
+    """Whether sequences could go on all the time since the plan before."""
 
 
 class StepLoop:
     """Connects to the executors, keeps them fed, and hands every token to its stream.
 
-    All of it runs on one event loop and one thread. When an executor is lost the epoch ends:
-    every running sequence is queued again with the tokens it has, and streams go on.
+    All of it runs on one event loop and one thread. When an executor is lost, or is to end, the
+    epoch ends: every running sequence is queued again with the tokens it has, and streams go on.
     """
 
     def __init__(
@@ -82,10 +78,10 @@ class StepLoop:
         self._sent: dict[int, _SentPlan] = {}
         """Plans in flight by step id, oldest first."""
         self._last_reply_ms = 0.0
+        self._has_booked = asyncio.Event()
         self.model: ServedModel | None = None
         """Set once the executors are ready; kept while they are away."""
-        self.load_progress = LoadProgress(phase="connect", fraction=0.0, elapsed_ms=0.0)
-        self._has_answered = False
+        self._groups: ExecutorGroups | None = None
 
     # For the service
 
@@ -95,7 +91,15 @@ class StepLoop:
             return ServingState.DRAINING
         if self._is_connected:
             return ServingState.READY
-        return ServingState.LOADING if self._has_answered else ServingState.CONNECTING
+        has_answered = self._groups is not None and self._groups.has_answered
+        return ServingState.LOADING if has_answered else ServingState.CONNECTING
+
+    @property
+    def load_progress(self) -> LoadProgress:
+        """How far the executors have come."""
+        if self._groups is None:
+            return LoadProgress(phase="connect", fraction=0.0, elapsed_ms=0.0)
+        return self._groups.load_progress
 
     @property
     def is_progressing(self) -> bool:
@@ -163,28 +167,44 @@ class StepLoop:
         await _run_until_one_ends(self._serve_epochs(), self._keep_house())
 
     async def _serve_epochs(self) -> None:
-        group = ExecutorGroup(self._config.executor_addresses, self._plan_log)
+        config = self._config
+        addresses = (config.executor_addresses, *config.standby_executor_addresses)
+        groups = [ExecutorGroup(each, self._plan_log) for each in addresses]
+        self._groups = ExecutorGroups(groups)
         epoch = time.time_ns()  # above any epoch of a scheduler before this one
         try:
             while True:
-                descriptions = await self._wait_until_ready(group)
+                fingerprint = None if self.model is None else self.model.fingerprint
+                ready = await self._groups.first_ready(fingerprint)
+                self._adopt(ready.agreed)
                 epoch += 1
-                try:
-                    stream = await self._open_epoch(group, epoch, descriptions)
-                    try:
-                        await self._serve_epoch(stream)
-                    finally:
-                        stream.cancel()
-                except PlanStreamError as error:
-                    log.warning("epoch ended", epoch=epoch, cause=error.message)
-                    await asyncio.sleep(_DESCRIBE_INTERVAL_S)
-                finally:
-                    self._is_connected = False
-                    self._sent.clear()
-                    if self._planner is not None:
-                        self._requests.deliver(self._planner.reset_epoch())
+                await self._live_through_epoch(self._groups, ready, epoch)
         finally:
-            await group.close()
+            await self._groups.close()
+
+    async def _live_through_epoch(
+        self, groups: ExecutorGroups, ready: ReadyGroup, epoch: int
+    ) -> None:
+        """Return when the epoch is over and its sequences are queued again."""
+        ended: EpochEnd = "lost"
+        try:
+            stream = await self._open_epoch(ready.group, epoch, ready.descriptions)
+            try:
+                await self._serve_epoch(stream, groups)
+            finally:
+                stream.cancel()
+            ended = "handover"
+            log.info("epoch handed over", epoch=epoch)
+        except PlanStreamError as error:
+            ended = error.cause
+            log.warning("epoch ended", epoch=epoch, cause=error.message)
+            await asyncio.sleep(DESCRIBE_INTERVAL_S)
+        finally:
+            self._is_connected = False
+            self._sent.clear()
+            if self._planner is not None:
+                self._metrics.on_epoch_ended(ended, num_running=len(self._planner.running))
+                self._requests.deliver(self._planner.reset_epoch(is_handover=ended == "handover"))
 
     async def _open_epoch(
         self, group: ExecutorGroup, epoch: int, descriptions: list[Description]
@@ -194,7 +214,12 @@ class StepLoop:
             async with asyncio.timeout(self._config.step_timeout_ms / 1e3):
                 return await group.open_epoch(epoch, descriptions)
         except TimeoutError:
-            raise PlanStreamError("an executor did not open the epoch in time") from None
+            raise PlanStreamError(
+                "an executor did not open the epoch in time", cause="overdue"
+            ) from None
+        except PlanStreamError as error:
+            error.cause = "refused" if error.cause == "lost" else error.cause
+            raise
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for running ones; then end what is left."""
@@ -204,37 +229,6 @@ class StepLoop:
         except TimeoutError:
             for request_id in self._requests:
                 self._requests.end(request_id, FinishReason.CANCELLED, DrainingError())
-
-    async def _wait_until_ready(self, group: ExecutorGroup) -> list[Description]:
-        complaint = ""
-        while True:
-            try:
-                descriptions = await group.describe()
-                self._has_answered = True
-                self._note_load_progress(descriptions)
-                check_ranks(descriptions)
-                if all(d.load_state == executor_pb2.LOAD_STATE_READY for d in descriptions):
-                    self._adopt(check_agreement(descriptions))
-                    return descriptions
-                problem = next((d.load_error for d in descriptions if d.load_error), "")
-            except PlanStreamError as error:
-                self._has_answered = False
-                problem = error.message if self.model is not None else ""
-            except ExecutorMismatchError as error:
-                problem = error.message
-                self.load_progress = LoadProgress(phase=problem, fraction=0.0, elapsed_ms=0.0)
-            if problem and problem != complaint:
-                complaint = problem
-                log.error("executors are not ready", cause=problem)
-            await asyncio.sleep(_DESCRIBE_INTERVAL_S)
-
-    def _note_load_progress(self, descriptions: list[Description]) -> None:
-        slowest = min(descriptions, key=lambda description: description.load_fraction)
-        self.load_progress = LoadProgress(
-            phase=slowest.load_phase,
-            fraction=slowest.load_fraction,
-            elapsed_ms=max(description.load_ms for description in descriptions),
-        )
 
     def _adopt(self, description: Description) -> None:
         """Take the executors' limits; what waits outlives them unless the model changed."""
@@ -272,30 +266,41 @@ class StepLoop:
             max_model_len=model.max_model_len,
         )
 
-    async def _serve_epoch(self, stream: PlanStream) -> None:
+    async def _serve_epoch(self, stream: PlanStream, groups: ExecutorGroups) -> None:
+        """Return once the epoch is to be handed over; raises PlanStreamError where it breaks."""
         assert self._planner is not None
+        assert self.model is not None
         self._last_reply_ms = now_ms()
         self._is_connected = True
         self._wake.set()
-        await _run_until_one_ends(
+        works = [
             self._send_plans(stream, self._planner),
             self._receive_results(stream, self._planner),
             self._watch_steps(),
-        )
+            self._until_handover(stream, self._planner),
+        ]
+        if groups.has_standby:
+            works.append(
+                groups.watch_standbys(self.model.fingerprint, self._metrics.set_ready_standbys)
+            )
+        await _run_until_one_ends(*works)
 
     async def _send_plans(self, stream: PlanStream, planner: Planner) -> None:
+        had_work_before = False
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while True:
+            while not stream.drain_notice.is_set():
                 started_ms = now_ms()
                 plan = planner.plan(started_ms)
                 if plan is None:
+                    had_work_before = had_work_before and bool(planner.inflight)
                     break
                 sent_ms = now_ms()
                 self._sent[plan.step_id] = _SentPlan(
-                    sent_ms, sent_ms - started_ms, plan.num_scheduled_tokens
+                    sent_ms, sent_ms - started_ms, plan.num_scheduled_tokens, had_work_before
                 )
+                had_work_before = True
                 self._note_plan(plan, started_ms)
                 await stream.send(plan)
 
@@ -308,24 +313,37 @@ class StepLoop:
             sent = self._sent.pop(reply.outcome.step_id)
             updates = planner.commit(reply.outcome)
             self._wake.set()
+            self._has_booked.set()
             self._requests.deliver(updates)
             pool = planner.block_pool
+            step_ms = self._last_reply_ms - sent.sent_ms
             self._metrics.on_step(
                 num_running=len(planner.running),
                 num_waiting=len(planner.waiting),
                 blocks_used=pool.num_used + pool.num_leased,
                 blocks_total=pool.num_blocks,
                 schedule_seconds=sent.schedule_ms / 1e3,
-                step_seconds=(self._last_reply_ms - sent.sent_ms) / 1e3,
+                step_seconds=step_ms / 1e3,
+                wire_seconds=max(0.0, step_ms - reply.elapsed_ms) / 1e3,
+                busy_seconds=reply.busy_ms / 1e3,
+                idle_seconds=reply.idle_ms / 1e3 if sent.had_work_before else 0.0,
                 num_batched_tokens=sent.num_tokens,
             )
+
+    async def _until_handover(self, stream: PlanStream, planner: Planner) -> None:
+        """Return once a rank is to end and every plan has its result."""
+        await stream.drain_notice.wait()
+        log.info("an executor drains", epoch=stream.epoch, num_inflight=len(planner.inflight))
+        while planner.inflight:
+            self._has_booked.clear()
+            await self._has_booked.wait()
 
     async def _watch_steps(self) -> None:
         """End the epoch where a step does not come back."""
         while True:
             await asyncio.sleep(_HOUSEKEEPING_INTERVAL_S)
             if self._step_age_ms(now_ms()) > self._config.step_timeout_ms:
-                raise PlanStreamError("a step is overdue")
+                raise PlanStreamError("a step is overdue", cause="overdue")
 
     async def _keep_house(self) -> None:
         """Deadlines and slow readers, whether executors are there or not."""

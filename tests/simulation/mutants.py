@@ -147,11 +147,11 @@ def forget_deadlines(mutate: pytest.MonkeyPatch) -> None:
 def resume_for_ever(mutate: pytest.MonkeyPatch) -> None:
     reset_epoch = Planner.reset_epoch
 
-    def stubborn(planner: Planner) -> list[SequenceUpdate]:
+    def stubborn(planner: Planner, **how: bool) -> list[SequenceUpdate]:
         config = planner.config
         planner.config = dataclasses.replace(config, max_resumes=1_000)
         try:
-            return reset_epoch(planner)
+            return reset_epoch(planner, **how)
         finally:
             planner.config = config
 

@@ -28,6 +28,9 @@ def metrics() -> Metrics:
         blocks_total=100,
         schedule_seconds=0.0002,
         step_seconds=0.02,
+        wire_seconds=0.001,
+        busy_seconds=0.03,
+        idle_seconds=0.002,
         num_batched_tokens=3,
     )
     return metrics

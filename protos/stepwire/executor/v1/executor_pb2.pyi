@@ -33,6 +33,8 @@ class _LoadStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoadState.V
     LOAD_STATE_READY: _LoadState.ValueType  # 2
     LOAD_STATE_FAILED: _LoadState.ValueType  # 3
     """load_error says why; the process ends soon after."""
+    LOAD_STATE_DRAINING: _LoadState.ValueType  # 4
+    """Answers the plans of its stream until the scheduler closes that; opens no epoch."""
 
 class LoadState(_LoadState, metaclass=_LoadStateEnumTypeWrapper): ...
 
@@ -42,6 +44,8 @@ LOAD_STATE_LOADING: LoadState.ValueType  # 1
 LOAD_STATE_READY: LoadState.ValueType  # 2
 LOAD_STATE_FAILED: LoadState.ValueType  # 3
 """load_error says why; the process ends soon after."""
+LOAD_STATE_DRAINING: LoadState.ValueType  # 4
+"""Answers the plans of its stream until the scheduler closes that; opens no epoch."""
 Global___LoadState: _TypeAlias = LoadState  # noqa: Y015
 
 @_typing.final
@@ -431,21 +435,25 @@ class ExecuteResponse(_message.Message):
 
     EPOCH_OPENED_FIELD_NUMBER: _builtins.int
     STEP_RESULT_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def epoch_opened(self) -> Global___EpochOpened: ...
     @_builtins.property
     def step_result(self) -> Global___StepResult: ...
+    @_builtins.property
+    def draining(self) -> Global___Draining: ...
     def __init__(
         self,
         *,
         epoch_opened: Global___EpochOpened | None = ...,
         step_result: Global___StepResult | None = ...,
+        draining: Global___Draining | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch_opened", b"epoch_opened", "message", b"message", "step_result", b"step_result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "epoch_opened", b"epoch_opened", "message", b"message", "step_result", b"step_result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch_opened", b"epoch_opened", "message", b"message", "step_result", b"step_result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "epoch_opened", b"epoch_opened", "message", b"message", "step_result", b"step_result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["epoch_opened", "step_result"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["epoch_opened", "step_result", "draining"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -469,6 +477,26 @@ class EpochOpened(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EpochOpened: _TypeAlias = EpochOpened  # noqa: Y015
+
+@_typing.final
+class Draining(_message.Message):
+    """The rank is to end. It answers every plan that comes, and waits for the scheduler to close the
+    streams of the group once no plan is in flight; for a limited time. Comes once, between any two
+    responses.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draining: _TypeAlias = Draining  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
@@ -599,6 +627,7 @@ class StepTimings(_message.Message):
     FORWARD_MS_FIELD_NUMBER: _builtins.int
     SAMPLE_MS_FIELD_NUMBER: _builtins.int
     IDLE_MS_FIELD_NUMBER: _builtins.int
+    ELAPSED_MS_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
     """Waited for the step before."""
     prepare_ms: _builtins.float
@@ -606,7 +635,11 @@ class StepTimings(_message.Message):
     forward_ms: _builtins.float
     sample_ms: _builtins.float
     idle_ms: _builtins.float
-    """What computes had nothing to do between the step before and this one."""
+    """What computes had nothing to do between the step before and this one. On a CPU that counts
+    prepare_ms; on a device, which computes while the host prepares, it does not.
+    """
+    elapsed_ms: _builtins.float
+    """From the plan's receipt to the result: all that is not on the wire."""
     def __init__(
         self,
         *,
@@ -615,10 +648,11 @@ class StepTimings(_message.Message):
         forward_ms: _builtins.float = ...,
         sample_ms: _builtins.float = ...,
         idle_ms: _builtins.float = ...,
+        elapsed_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_ms", b"forward_ms", "idle_ms", b"idle_ms", "prepare_ms", b"prepare_ms", "queue_ms", b"queue_ms", "sample_ms", b"sample_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_ms", b"elapsed_ms", "forward_ms", b"forward_ms", "idle_ms", b"idle_ms", "prepare_ms", b"prepare_ms", "queue_ms", b"queue_ms", "sample_ms", b"sample_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
