@@ -117,14 +117,13 @@ class CheckedPlanner(Planner):
     def reset_epoch(self, *, is_handover: bool = False) -> list[SequenceUpdate]:
         running = list(self.running)
         before = {id(each): (each.num_resumes, len(each.token_ids)) for each in running}
-        num_drawn = sum(each.num_pending_tokens for each in self.all_sequences)
         failed = super().reset_epoch(is_handover=is_handover)
         self._world.note(
             f"epoch ends{' by handover' * is_handover}; {len(running)} sequences are queued again"
         )
         if is_handover:
             self._world.num_handovers += bool(running)
-            self._require(num_drawn == 0, "a handover discards tokens")
+            self._require(not self._touched, "a handover discards the results of steps in flight")
             self._require(
                 before == {id(each): (each.num_resumes, len(each.token_ids)) for each in running},
                 "a handover counts as a resume",

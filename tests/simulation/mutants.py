@@ -12,6 +12,7 @@ import pytest
 from stepwire.executor.v1 import executor_pb2 as pb
 from stepwire_scheduler.block_pool import BlockPool
 from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream
+from stepwire_scheduler.executor_groups import ExecutorGroups
 from stepwire_scheduler.plan import SequenceUpdate, StepOutcome
 from stepwire_scheduler.planner import Planner
 from stepwire_scheduler.running_requests import RunningRequests
@@ -200,6 +201,54 @@ def deliver_updates_in_reverse(mutate: pytest.MonkeyPatch) -> None:
     mutate.setattr(RunningRequests, "deliver", backwards)
 
 
+def count_handovers_as_losses(mutate: pytest.MonkeyPatch) -> None:
+    reset_epoch = Planner.reset_epoch
+    mutate.setattr(Planner, "reset_epoch", lambda planner, **_how: reset_epoch(planner))
+
+
+def plan_on_while_executors_drain(mutate: pytest.MonkeyPatch) -> None:
+    read = PlanStream._read
+
+    async def deaf(stream: PlanStream, call: Any) -> Any:
+        try:
+            return await read(stream, call)
+        finally:
+            stream.drain_notice.clear()
+
+    mutate.setattr(PlanStream, "_read", deaf)
+
+
+def hand_over_with_steps_in_flight(mutate: pytest.MonkeyPatch) -> None:
+    async def hasty(loop: StepLoop, stream: PlanStream, planner: Planner) -> None:
+        await stream.drain_notice.wait()
+        for plan in planner.inflight.values():
+            for sequence in plan.sampled_sequences:
+                sequence.num_pending_tokens = 0
+        planner.inflight.clear()
+
+    mutate.setattr(StepLoop, "_until_handover", hasty)
+
+
+def wait_for_the_group_that_computed(mutate: pytest.MonkeyPatch) -> None:
+    ask = ExecutorGroups._ask
+
+    async def loyal(groups: ExecutorGroups, group: ExecutorGroup, fingerprint: Any) -> Any:
+        ready = await ask(groups, group, fingerprint)
+        return ready if groups._active in (None, group) else None
+
+    mutate.setattr(ExecutorGroups, "_ask", loyal)
+
+
+def wait_for_every_group_to_answer(mutate: pytest.MonkeyPatch) -> None:
+    choose = ExecutorGroups._choose
+
+    async def thorough(groups: ExecutorGroups, answers: Any) -> Any:
+        await asyncio.gather(*(groups._ask(group, None) for group in groups._groups))
+        return await choose(groups, answers)
+
+    mutate.setattr(ExecutorGroups, "_choose", thorough)
+
+
 MUTANTS: tuple[Plant, ...] = (
     ignore_leases,
     lease_to_the_last_who_leaves,
@@ -219,4 +268,9 @@ MUTANTS: tuple[Plant, ...] = (
     forget_samples_of_preempted_sequences,
     keep_the_prefix_cache_over_epochs,
     deliver_updates_in_reverse,
+    count_handovers_as_losses,
+    plan_on_while_executors_drain,
+    hand_over_with_steps_in_flight,
+    wait_for_the_group_that_computed,
+    wait_for_every_group_to_answer,
 )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 _LOAD_S = 0.02
+_DRAIN_S = 1.0
+"""How long a process that is to end waits for the scheduler."""
 
 
 class Rank:
@@ -26,6 +28,7 @@ class Rank:
     def __init__(self, world: World, index: int) -> None:
         scenario = world.scenario
         self.index = index
+        self.group, self.place = divmod(index, scenario.world_size)
         self.instance = 0
         """Counts starts of the process."""
         self.calls: list[Call] = []
@@ -36,6 +39,7 @@ class Rank:
         self._loop = asyncio.get_running_loop()
         self._is_alive = False
         self._is_hung = False
+        self._is_draining = False
         self._backlog: list[Callable[[], None]] = []
         """What a stopped process has not looked at."""
         self._current: Call | None = None
@@ -46,6 +50,7 @@ class Rank:
         self._newest_epoch = 0
         """Over all starts."""
         self._busy_until_s = 0.0
+        self._loaded_at_s = float("inf")
         self._countdowns: dict[Moment, list[tuple[int, Fault]]] = {}
         self._num_reached: dict[Moment, int] = {}
         self._loop.call_at(self._loop.time() + scenario.start_s[index], self.start)
@@ -70,11 +75,11 @@ class Rank:
         """Start the process, with what the group offers by default."""
         if self._is_alive:
             return
-        offer = offer or self._world.offer
+        offer = offer or self._world.offers[self.group]
         self.instance += 1
         self._world.note(f"rank {self.index} starts with {offer}")
         self._offer = offer
-        self._is_alive = True
+        self._is_alive, self._is_draining = True, False
         self._loaded_at_s = self._loop.time() + _LOAD_S
         self._last_epoch = 0
         self._busy_until_s = 0.0
@@ -103,6 +108,34 @@ class Rank:
                     grpc.StatusCode.UNAVAILABLE, "connection reset", loses_messages=loses_messages
                 )
         self._loop.call_later(restart_after_s, self.start, offer)
+
+    def drain(self, restart_after_s: float) -> None:
+        """Let the process end as SIGTERM does; another starts later."""
+        if not self._is_alive or self._is_draining:
+            return
+        if self._is_hung:
+            self._backlog.append(lambda: self.drain(restart_after_s))
+            return
+        self._world.note(f"rank {self.index} drains")
+        self._is_draining = True
+        if self._current is not None and not self._current.is_closed:
+            self._current.deliver(pb.ExecuteResponse(draining=pb.Draining()))
+        self._end_once_drained(self.instance, self._loop.time() + _DRAIN_S, restart_after_s)
+
+    def _end_once_drained(self, instance: int, until_s: float, restart_after_s: float) -> None:
+        if instance != self.instance or not self._is_alive:
+            return
+        has_stream = self._current is not None and not self._current.is_closed
+        if self._is_hung or (has_stream and self._loop.time() < until_s):
+            self._loop.call_later(0.005, self._end_once_drained, instance, until_s, restart_after_s)
+        else:
+            self.kill(loses_messages=False, restart_after_s=restart_after_s)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether an epoch can be opened on it."""
+        has_loaded = self._loop.time() >= self._loaded_at_s
+        return self._is_alive and has_loaded and not (self._is_hung or self._is_draining)
 
     def hang(self, duration_s: float) -> None:
         """Stop the process as SIGSTOP does, then let it go on."""
@@ -134,7 +167,7 @@ class Rank:
         for countdown, fault in armed:
             if countdown == reached:
                 self._world.note(f"rank {self.index} at {moment} {reached}: {fault.kind}")
-                if fault.kind in ("kill", "hang"):
+                if fault.kind in ("kill", "hang", "drain"):
                     self._world.strike(fault)
                 else:
                     due.append(fault.kind)
@@ -152,10 +185,11 @@ class Rank:
         self._last_described_instance = self.instance
         offer = self._offer
         is_ready = self._loop.time() >= self._loaded_at_s
+        load_state = pb.LOAD_STATE_READY if is_ready else pb.LOAD_STATE_LOADING
         return pb.DescribeResponse(
-            load_state=pb.LOAD_STATE_READY if is_ready else pb.LOAD_STATE_LOADING,
+            load_state=pb.LOAD_STATE_DRAINING if self._is_draining else load_state,
             load_fraction=float(is_ready),
-            rank=self.index,
+            rank=self.place,
             world_size=self._world.scenario.world_size,
             instance_id=f"{self.index}/{self.instance}",
             model_fingerprint="simulated",
@@ -206,11 +240,15 @@ class Rank:
         if "end" in due:
             self._end(call)
             return
+        if self._is_draining:
+            call.end(grpc.StatusCode.UNAVAILABLE, "the executor is stopping")
+            return
         epoch = request.epoch
         self._world.require(
             epoch > self._newest_epoch, f"epoch {epoch} is not new to rank {self.index}"
         )
-        self._newest_epoch = self._world.epoch = epoch
+        self._newest_epoch = epoch
+        self._world.epoch = max(self._world.epoch, epoch)
         if epoch <= self._last_epoch:
             call.end(grpc.StatusCode.FAILED_PRECONDITION, "the epoch is not new")
             return
@@ -264,7 +302,7 @@ class Rank:
             stale.CopyFrom(result)
             stale.epoch -= 1
             stale.sampled_token_ids[:] = [(t + 1) % VOCAB_SIZE for t in stale.sampled_token_ids]
-            if self.index == 0:
+            if self.place == 0:
                 self._world.poisoned.add((result.epoch, result.step_id))
             call.deliver(pb.ExecuteResponse(step_result=stale))
         for _ in range(2 if "duplicate" in due else 1):

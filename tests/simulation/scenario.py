@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
@@ -13,6 +13,7 @@ from tests.simulation.pages import EOS, VOCAB_SIZE
 FaultKind = Literal[
     "kill",
     "hang",
+    "drain",
     "end",
     "stale",
     "duplicate",
@@ -100,15 +101,22 @@ class Scenario:
 
     seed: int
     world_size: int
-    offer: Offer
+    """Ranks of each group."""
+    offers: tuple[Offer, ...]
+    """Of each group; all but the first stand by."""
     config: SchedulerConfig
     step_s: float
     latency_s: float
     """Longest way of a message; each takes its own time."""
     start_s: tuple[float, ...]
-    """When each rank has loaded."""
+    """When each rank of each group starts."""
     faults: tuple[Fault, ...]
     clients: tuple[ClientScript, ...]
+
+    @property
+    def only_drains(self) -> bool:
+        """Whether every process that ends was asked to."""
+        return all(fault.kind == "drain" for fault in self.faults)
 
 
 def draw_scenario(seed: int) -> Scenario:
@@ -131,16 +139,28 @@ def draw_scenario(seed: int) -> Scenario:
         max_unread_bytes=rng.choice((24, 65_536)),
         unread_timeout_ms=30,
     )
+    start_s = tuple(rng.random() * 0.1 for _ in range(world_size))
+    faults = tuple(_draw_fault(rng, world_size, offer) for _ in range(rng.randint(1, 4)))
+    clients = _draw_clients(rng)
+    standby_offers = () if rng.random() < 0.7 else (rng.choice((offer, _draw_offer(rng))),)
+    if standby_offers:
+        addresses = tuple(f"rank:{world_size + rank}" for rank in range(world_size))
+        config = replace(config, standby_executor_addresses=(addresses,))
+        start_s += tuple(rng.random() * 0.3 for _ in range(world_size))
+    if rng.random() < 0.3:
+        others = () if rng.random() < 0.5 else faults
+        drains = (_draw_drain(rng, len(start_s), offer) for _ in range(rng.randint(1, 3)))
+        faults = (*others, *drains)
     return Scenario(
         seed=seed,
         world_size=world_size,
-        offer=offer,
+        offers=(offer, *standby_offers),
         config=config,
         step_s=rng.choice((0.002, 0.01)),
         latency_s=rng.choice((0.0, 0.001, 0.02)),
-        start_s=tuple(rng.random() * 0.1 for _ in range(world_size)),
-        faults=tuple(_draw_fault(rng, world_size, offer) for _ in range(rng.randint(1, 4))),
-        clients=_draw_clients(rng),
+        start_s=start_s,
+        faults=faults,
+        clients=clients,
     )
 
 
@@ -167,6 +187,15 @@ def _draw_fault(rng: Random, world_size: int, offer: Offer) -> Fault:
     rank = rng.randrange(world_size)
     if kind == "mismatch":
         rank = world_size - 1  # rank 0 is the one that the others are compared with
+    return _fault(rng, kind, moment, rank, other)
+
+
+def _draw_drain(rng: Random, num_ranks: int, offer: Offer) -> Fault:
+    moment: Moment = rng.choice(("time", "open", "plan", "plan", "admission", "result"))
+    return _fault(rng, "drain", moment, rng.randrange(num_ranks), offer)
+
+
+def _fault(rng: Random, kind: FaultKind, moment: Moment, rank: int, offer: Offer) -> Fault:
     return Fault(
         kind=kind,
         rank=rank,
@@ -175,7 +204,7 @@ def _draw_fault(rng: Random, world_size: int, offer: Offer) -> Fault:
         countdown=rng.choice((1, 1, 2)) if moment == "open" else rng.randint(1, 25),
         duration_s=rng.choice((0.01, 0.05, 0.2, 0.5, 2.0)),
         loses_messages=rng.random() < 0.5,
-        offer=other,
+        offer=offer,
     )
 
 

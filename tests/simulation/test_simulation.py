@@ -32,6 +32,8 @@ def test_the_seeds_reach_what_they_are_about() -> None:
     assert {world.scenario.world_size for world in worlds} == {1, 2, 3}
     assert any(world.poisoned for world in worlds)
     assert any(world.failed_request_ids for world in worlds)
+    assert sum(world.num_handovers > 0 for world in worlds) > 5
+    assert any(len(world.offers) > 1 and world.scenario.only_drains for world in worlds)
 
 
 @pytest.mark.parametrize("plant", MUTANTS, ids=lambda plant: plant.__name__)

@@ -101,8 +101,9 @@ class Call:
     def deliver(self, response: pb.ExecuteResponse) -> None:
         """Send a response on its way."""
         message = response.SerializeToString()
+        is_answer = not response.HasField("draining")
         self._last_delivery_s = self._later(self._last_delivery_s)
-        self._loop.call_at(self._last_delivery_s, self._put, message)
+        self._loop.call_at(self._last_delivery_s, self._put, message, is_answer)
 
     def end(self, code: grpc.StatusCode, details: str, *, loses_messages: bool = False) -> None:
         """Send the call's end; what is on its way comes before it, or never."""
@@ -113,12 +114,14 @@ class Call:
             self._last_delivery_s = self._later(self._last_delivery_s)
             self._loop.call_at(self._last_delivery_s, self._close, outcome)
 
-    def _put(self, message: bytes) -> None:
-        if not self.is_closed:
-            self._inbox.append(message)
+    def _put(self, message: bytes, is_answer: bool) -> None:
+        if self.is_closed:
+            return
+        self._inbox.append(message)
+        if is_answer:
             self._num_unanswered = max(0, self._num_unanswered - 1)
             self.waits_since_s = self._loop.time() if self._num_unanswered else None
-            self._wake()
+        self._wake()
 
     def _close(self, outcome: BaseException | None) -> None:
         if not self.is_closed:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import grpc
 import grpc.aio
 from stepwire.executor.v1 import executor_pb2 as pb
-from stepwire_scheduler import clock, running_requests, step_loop
+from stepwire_scheduler import clock, executor_groups, running_requests, step_loop
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.planner import PlannerConfig
 from stepwire_scheduler.sequence import Request, Sequence
@@ -68,10 +68,14 @@ class World:
         self.failed_request_ids: set[str] = set()
         self.last_booked_s = 0.0
         """When the scheduler last booked a result."""
-        self.may_misfit = False
+        self.may_misfit = len(set(scenario.offers)) > 1
         """Whether a pool may have shrunk."""
-        self.offer = scenario.offer
-        """Of processes that start now."""
+        self.offers = list(scenario.offers)
+        """Of processes of each group that start now."""
+        self.num_handovers = 0
+        """Epochs that ended in order, with sequences that ran."""
+        self._idle_since_s = 0.0
+        """Since when some group is ready and no epoch is open."""
         self.step_loop: StepLoop
         self.ranks: list[Rank] = []
         self._planner: CheckedPlanner | None = None
@@ -110,13 +114,15 @@ class World:
         rank = self.ranks[fault.rank]
         if fault.kind == "hang":
             rank.hang(fault.duration_s)
+        elif fault.kind == "drain":
+            rank.drain(fault.duration_s)
         elif fault.kind == "resize":
-            self.offer = fault.offer
+            self.offers[0] = fault.offer
             self.may_misfit = True
-            for each in self.ranks:
+            for each in self._group(0):
                 each.kill(loses_messages=fault.loses_messages, restart_after_s=fault.duration_s)
         else:
-            is_odd = fault.kind == "disagree" and len(self.ranks) > 1
+            is_odd = fault.kind == "disagree" and self.scenario.world_size > 1
             offer = fault.offer if is_odd else None
             rank.kill(
                 loses_messages=fault.loses_messages, restart_after_s=fault.duration_s, offer=offer
@@ -126,8 +132,11 @@ class World:
 
     def _restart_all(self) -> None:
         """An operator sees that ranks disagree, and starts them alike."""
-        for each in self.ranks:
+        for each in self._group(0):
             each.kill(loses_messages=True, restart_after_s=0.01)
+
+    def _group(self, number: int) -> list[Rank]:
+        return [rank for rank in self.ranks if rank.group == number]
 
     def fail_slot(self, plan: pb.StepPlan) -> None:
         """Let a slot of a plan fail on every rank."""
@@ -169,9 +178,9 @@ class World:
     async def run(self) -> None:
         """Live through the scenario; raises ViolationError."""
         self._loop = asyncio.get_running_loop()
-        self._start_s = self._loop.time()
+        self._start_s = self._idle_since_s = self._loop.time()
         scenario = self.scenario
-        self.ranks = [Rank(self, index) for index in range(scenario.world_size)]
+        self.ranks = [Rank(self, index) for index in range(len(scenario.start_s))]
         for fault in scenario.faults:
             if fault.moment == "time":
                 self._loop.call_later(fault.at_s, self.strike, fault)
@@ -211,6 +220,7 @@ class World:
             if self.num_steps > MAX_STEPS:
                 return
             self._check_deadlines()
+            self._check_standbys()
 
     def _check_deadlines(self) -> None:
         """Deadlines of requests, of readers and of steps take effect, whatever else goes on."""
@@ -234,6 +244,17 @@ class World:
             if since_s + config.step_timeout_ms / 1e3 < now_s:
                 self.violate(f"rank {call.rank.index} does not answer and is waited for")
 
+    def _check_standbys(self) -> None:
+        """A group that is ready is used, whatever the others do."""
+        now_s = self._loop.time()
+        groups = [self._group(number) for number in range(len(self.offers))]
+        is_some_ready = any(all(rank.is_ready for rank in group) for group in groups)
+        if not is_some_ready or self.step_loop._is_connected:
+            self._idle_since_s = now_s
+        # Time to give up the opening of an epoch elsewhere, to ask, and to open one here.
+        limit_s = 2 * self.scenario.config.step_timeout_ms / 1e3 + 0.5
+        self.require(now_s < self._idle_since_s + limit_s, "a group is ready and nobody uses it")
+
     async def _settle(self) -> None:
         """Wait for the last steps, then look for what was left behind."""
         planner = self._planner
@@ -245,6 +266,9 @@ class World:
             return
         self.require(not planner.inflight, "a step never comes back")
         planner.check_idle()
+        if self.scenario.only_drains:
+            num_resumes = sum(sequence.num_resumes for sequence in self.sequences)
+            self.require(num_resumes == 0, "a sequence was resumed and nothing was lost")
         for rank in self.ranks:
             num_open = sum(not call.is_closed for call in rank.calls)
             self.require(num_open <= 1, f"rank {rank.index} has {num_open} open calls")
@@ -288,6 +312,7 @@ def _replaced_surroundings(world: World, loop: VirtualLoop) -> Iterator[None]:
         (step_loop, "secrets", SimpleNamespace(token_bytes=rng.randbytes)),
         (step_loop, "Planner", world.make_planner),
         (step_loop, "log", log),
+        (executor_groups, "log", log),
         (running_requests, "log", log),
         (grpc.aio, "insecure_channel", world.make_channel),
     )
