@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from stepwire_client import readiness
 from stepwire_client.cache import cache_dir
@@ -25,10 +25,12 @@ from stepwire_client.errors import (
 from stepwire_client.events import ModelInfo
 from stepwire_client.managed_process import ManagedProcess
 
+if TYPE_CHECKING:
+    from stepwire_client.executor_probe import ExecutorProbe
+
 RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)
-"""Before the first, second, … restart in a row; after the last the cluster gives up."""
-STABLE_AFTER_S = 60.0
-"""Executors that ran this long start the row anew."""
+"""Before the first, second, … restart in a row; after the last the cluster gives up. A restart
+after which the model is loaded ends the row."""
 MAX_LOGS = 20
 """Folders of logs that are kept."""
 POLL_INTERVAL_S = 0.05
@@ -39,9 +41,9 @@ __all__ = ["ClusterConfig", "LocalCluster"]
 class LocalCluster:
     """A scheduler, its executors and the thread that watches them.
 
-    When an executor ends after the model was ready, all executors, which compute together, are
-    started again on their ports; the scheduler finds them and goes on. Whatever else ends early
-    ends the cluster, and the next call says why.
+    When an executor ends after the model was ready, or does not answer any more, all executors,
+    which compute together, are started again on their ports; the scheduler finds them and goes on.
+    Whatever else ends early ends the cluster, and the next call says why.
     All processes end with the cluster, with the interpreter, and on Linux with this process
     however it ends.
     """
@@ -223,28 +225,53 @@ class LocalCluster:
 
     def _watch(self) -> None:
         num_restarts = 0
-        while not self._stopping.wait(POLL_INTERVAL_S):
-            scheduler = self._processes["scheduler"]
-            if scheduler.exit_code() is not None:
-                raise ProcessExitedError(scheduler.describe_exit())
-            executors = [self._processes[name] for name in self._executor_names]
-            executor = next((each for each in executors if each.exit_code() is not None), None)
-            if executor is None:
-                continue
-            ended = executor.describe_exit()
-            if time.monotonic() - executor.started_at > STABLE_AFTER_S:
-                num_restarts = 0
-            if not self._was_ready.is_set() or num_restarts == len(RESTART_DELAYS_S):
-                raise ProcessExitedError(ended)
-            # The other ranks, and whatever it left in its group.
-            self._stop_executors(0)
-            delay_s = RESTART_DELAYS_S[num_restarts]
-            num_restarts += 1
-            what = "it" if len(executors) == 1 else "all executors"
-            self._on_event(f"{ended}; starting {what} again in {delay_s:g} s")
-            if self._stopping.wait(delay_s):
-                return
-            self._start_executors(self._executor_addresses)
+        probes = self._make_probes()
+        try:
+            while not self._stopping.wait(POLL_INTERVAL_S):
+                scheduler = self._processes["scheduler"]
+                if scheduler.exit_code() is not None:
+                    raise ProcessExitedError(scheduler.describe_exit())
+                for probe in probes.values():
+                    probe.poll()
+                if num_restarts and all(probe.is_ready for probe in probes.values()):
+                    num_restarts = 0
+                ended = self._find_loss(probes)
+                if ended is None:
+                    continue
+                if not self._was_ready.is_set() or num_restarts == len(RESTART_DELAYS_S):
+                    raise ProcessExitedError(ended)
+                # The other ranks, and whatever it left in its group.
+                self._stop_executors(0)
+                delay_s = RESTART_DELAYS_S[num_restarts]
+                num_restarts += 1
+                what = "it" if len(probes) == 1 else "all executors"
+                self._on_event(f"{ended}; starting {what} again in {delay_s:g} s")
+                if self._stopping.wait(delay_s):
+                    return
+                self._start_executors(self._executor_addresses)
+                for probe in probes.values():
+                    probe.close()
+                probes = self._make_probes()
+        finally:
+            for probe in probes.values():
+                probe.close()
+
+    def _make_probes(self) -> dict[str, ExecutorProbe]:
+        # gRPC takes a tenth of a second to import: by now the processes start meanwhile.
+        from stepwire_client.executor_probe import ExecutorProbe
+
+        names = zip(self._executor_names, self._executor_addresses, strict=True)
+        return {name: ExecutorProbe(address) for name, address in names}
+
+    def _find_loss(self, probes: dict[str, ExecutorProbe]) -> str | None:
+        """One line on an executor that has ended or is stuck, if there is one."""
+        for name, probe in probes.items():
+            process = self._processes[name]
+            if process.exit_code() is not None:
+                return process.describe_exit()
+            if probe.is_stuck:
+                return f"the {name} does not answer any more"
+        return None
 
 
 def _free_port() -> int:

@@ -47,8 +47,9 @@ class SchedulerConfig:
     """Deadline of a request that brings none."""
     max_deadline_ms: int = 600_000
     """A longer deadline is shortened to this."""
-    step_timeout_ms: int = 30_000
-    """A step that takes longer ends the executors' epoch."""
+    step_timeout_ms: int = 10_000
+    """A step that takes longer ends the executors' epoch; one of more than 512 tokens may take
+    longer in proportion."""
     max_resumes: int = 3
     """Times that one request survives the loss of its executors."""
     drain_timeout_ms: int = 30_000

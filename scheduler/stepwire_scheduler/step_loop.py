@@ -38,6 +38,8 @@ from stepwire_scheduler.sequence import FinishReason, Request, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState, served_model
 
 _HOUSEKEEPING_INTERVAL_S = 0.05
+TOKENS_OF_A_TIMEOUT = 512
+"""A step of more tokens may take longer than step_timeout_ms."""
 
 log = structlog.get_logger(__name__)
 
@@ -106,7 +108,7 @@ class StepLoop:
         """False while a step is overdue by half its deadline or no executor is connected."""
         if not self._is_connected:
             return False
-        return self._step_age_ms(now_ms()) < self._config.step_timeout_ms / 2
+        return self._used_deadline(now_ms()) < 0.5
 
     def set_tokenizer(self, tokenizer: TokenBytes) -> None:
         """Give the tokenizer that turns output into text; requests need it."""
@@ -342,7 +344,7 @@ class StepLoop:
         """End the epoch where a step does not come back."""
         while True:
             await asyncio.sleep(_HOUSEKEEPING_INTERVAL_S)
-            if self._step_age_ms(now_ms()) > self._config.step_timeout_ms:
+            if self._used_deadline(now_ms()) > 1:
                 raise PlanStreamError("a step is overdue", cause="overdue")
 
     async def _keep_house(self) -> None:
@@ -359,10 +361,16 @@ class StepLoop:
                 num_running=len(planner.running), num_waiting=len(planner.waiting)
             )
 
-    def _step_age_ms(self, now: float) -> float:
-        """How long the executors have been at the oldest step in flight."""
+    def _used_deadline(self, now: float) -> float:
+        """Part of the deadline that the oldest step in flight has used; above 1 it is overdue.
+
+        Counted from when the executors could begin with it, not from when it was sent.
+        """
         oldest = next(iter(self._sent.values()), None)
-        return 0.0 if oldest is None else now - max(oldest.sent_ms, self._last_reply_ms)
+        if oldest is None:
+            return 0.0
+        age_ms = now - max(oldest.sent_ms, self._last_reply_ms)
+        return age_ms / step_deadline_ms(self._config.step_timeout_ms, oldest.num_tokens)
 
     # Delivery
 
@@ -379,6 +387,11 @@ class StepLoop:
         if self._planner is not None:
             self._planner.finish(sequence, reason)
             self._wake.set()
+
+
+def step_deadline_ms(timeout_ms: int, num_tokens: int) -> float:
+    """How long a step may take: timeout_ms, and longer in proportion where it is large."""
+    return timeout_ms * max(1.0, num_tokens / TOKENS_OF_A_TIMEOUT)
 
 
 async def _run_until_one_ends(*works: Coroutine[Any, Any, None]) -> None:

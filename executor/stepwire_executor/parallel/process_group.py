@@ -17,7 +17,8 @@ from stepwire_executor.errors import ModelLoadError, PlanOrderError
 LOAD_TIMEOUT = datetime.timedelta(minutes=30)
 """Longest wait for a rank that still loads its part."""
 STEP_TIMEOUT = datetime.timedelta(seconds=20)
-"""Longest wait for another rank inside a step; shorter than a scheduler's step deadline."""
+"""Longest wait for another rank inside a step. A scheduler gives a small step up sooner; this ends
+processes, so that a supervisor starts the group again."""
 _POLL_S = 0.02
 _GLOO_THREADS = 2
 """With one, a wake-up of every operation waits for a tick of the system's clock."""
