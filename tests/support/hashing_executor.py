@@ -35,6 +35,7 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
     num_epochs: int = 0
     num_steps: int = 0
     calls: list[Any] = field(default_factory=list)
+    open_calls: list[Any] = field(default_factory=list)
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         says: dict[str, Any] = {
@@ -51,10 +52,21 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
         }
         return pb.DescribeResponse(**(says | self.description))
 
-    async def Execute(
-        self, requests: AsyncIterator[pb.ExecuteRequest], context: Any
-    ) -> AsyncIterator[pb.ExecuteResponse]:
+    async def drain(self) -> None:
+        """Say that the rank is to end, as SIGTERM does."""
+        self.description["load_state"] = pb.LOAD_STATE_DRAINING
+        for call in self.open_calls:
+            await call.write(pb.ExecuteResponse(draining=pb.Draining()))
+
+    async def Execute(self, requests: AsyncIterator[pb.ExecuteRequest], context: Any) -> None:
         self.calls.append(context)
+        self.open_calls.append(context)
+        try:
+            await self._serve(requests, context)
+        finally:
+            self.open_calls.remove(context)
+
+    async def _serve(self, requests: AsyncIterator[pb.ExecuteRequest], context: Any) -> None:
         simulated = SimulatedExecutor(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
@@ -66,13 +78,13 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
             if request.WhichOneof("message") == "open_epoch":
                 self.num_epochs += 1
                 opened = pb.EpochOpened(epoch=request.open_epoch.epoch)
-                yield pb.ExecuteResponse(epoch_opened=opened)
+                await context.write(pb.ExecuteResponse(epoch_opened=opened))
                 continue
             await asyncio.sleep(self.step_seconds)
             self.num_steps += 1
             result = self.corrupt(_execute(simulated, request.step_plan))
             if result is not None:
-                yield pb.ExecuteResponse(step_result=result)
+                await context.write(pb.ExecuteResponse(step_result=result))
 
 
 def expected_output(prompt: list[int], num_tokens: int, stream: int = 0) -> list[int]:
