@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stepwire_client import ClusterConfig, LocalCluster, local_cluster
+from stepwire_client import ClusterConfig, LocalCluster, executor_probe, local_cluster
 from stepwire_client.errors import ClusterError, ProcessExitedError, StartTimeoutError
 from stepwire_client.managed_process import last_message
 
@@ -183,6 +183,61 @@ def test_an_executor_that_cannot_stay_up_ends_the_cluster(
             cluster.wait(20)
         assert len(starts(record, "executor")) == 3
         assert not is_running(cluster.pids["scheduler"])
+
+
+class ScriptedProbe:
+    """Says of every executor what the test says."""
+
+    is_ready = False
+    is_stuck = False
+
+    def __init__(self, address: str) -> None:
+        """As ExecutorProbe."""
+
+    def poll(self) -> None:
+        """Nothing is asked."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def probes(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedProbe]:
+    """Of all executors; set attributes on it to change what they say."""
+    script = type("Script", (ScriptedProbe,), {})
+    monkeypatch.setattr(executor_probe, "ExecutorProbe", script)
+    return script
+
+
+def test_restarts_after_which_the_model_is_loaded_never_end_the_cluster(
+    config: ClusterConfig, probes: type[ScriptedProbe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_cluster, "RESTART_DELAYS_S", (0.01, 0.01))
+    probes.is_ready = True
+    with LocalCluster(config) as cluster:
+        cluster._was_ready.set()
+        for _ in range(5):
+            pid = cluster.pids["executor"]
+            os.kill(pid, signal.SIGKILL)
+            assert wait_for(lambda pid=pid: cluster.pids["executor"] != pid)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+        cluster.raise_if_failed()
+
+
+def test_an_executor_that_is_stopped_is_killed_and_starts_again(
+    config: ClusterConfig, probes: type[ScriptedProbe]
+) -> None:
+    events: list[str] = []
+    with LocalCluster(config, on_event=events.append) as cluster:
+        cluster._was_ready.set()
+        pid = cluster.pids["executor"]
+        os.kill(pid, signal.SIGSTOP)
+        probes.is_stuck = True
+        assert wait_for(lambda: bool(events))
+        probes.is_stuck = False
+        assert wait_for(lambda: cluster.pids["executor"] != pid)
+        assert not is_running(pid)
+        cluster.raise_if_failed()
+    assert "the executor does not answer any more; starting it again" in events[0]
 
 
 def test_an_executor_that_dies_while_loading_ends_the_cluster(config: ClusterConfig) -> None:

@@ -32,9 +32,19 @@ def test_a_switch_can_be_turned_off_by_flag() -> None:
     assert not config.enable_prefix_caching
 
 
+def test_groups_that_stand_by_are_repeated_or_separated_by_semicolons() -> None:
+    groups = (("127.0.0.1:3", "127.0.0.1:4"), ("127.0.0.1:5",))
+    repeated = ["--standby-executor", "127.0.0.1:3,127.0.0.1:4", "--standby-executor=127.0.0.1:5"]
+    assert parse_config(["--model=m", *repeated], {}).standby_executor_addresses == groups
+    environment = {"STEPWIRE_SCHEDULER_STANDBY_EXECUTOR": "127.0.0.1:3,127.0.0.1:4; 127.0.0.1:5"}
+    assert parse_config(["--model=m"], environment).standby_executor_addresses == groups
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (["--model", "m", "--standby-executor", "nowhere"], "--standby-executor"),
+        (["--model", "m", "--standby-executor", "127.0.0.1:50052"], "is named already"),
         ([], "--model is missing"),
         (["--model", "m", "--max-num-seqs", "0"], "--max-num-seqs"),
         (["--model", "m", "--max-num-seqs", "1e3"], "--max-num-seqs"),

@@ -20,6 +20,10 @@ def metrics() -> Metrics:
     metrics.on_preemption(2)
     metrics.on_rejected("QUEUE_FULL")
     metrics.on_finished("stop", 1.5, prompt_tokens=100, output_tokens=7)
+    metrics.on_epoch_ended("handover", num_running=4)
+    metrics.on_epoch_ended("overdue", num_running=2)
+    metrics.on_epoch_ended("overdue", num_running=3)
+    metrics.set_ready_standbys(1)
     metrics.set_model_load(fraction=0.5, elapsed_seconds=3.0, is_ready=False)
     metrics.on_step(
         num_running=3,
@@ -46,12 +50,24 @@ def metrics() -> Metrics:
         ("stepwire_time_to_first_token_seconds_sum", 0.2),
         ("stepwire_output_tokens_total", 7),
         ("stepwire_prefix_cache_hit_tokens_total", 64),
+        ("stepwire_wire_seconds_sum", 0.001),
+        ("stepwire_executor_busy_seconds_total", 0.03),
+        ("stepwire_executor_idle_seconds_total", 0.002),
+        ("stepwire_sequences_handed_over_total", 4),
+        ("stepwire_sequences_resumed_total", 5),
+        ("stepwire_standby_groups_ready", 1),
     ],
 )
 def test_events_are_counted_under_names_with_units(
     metrics: Metrics, sample: str, value: float
 ) -> None:
     assert metrics.registry.get_sample_value(sample) == value
+
+
+def test_epochs_are_counted_by_why_they_ended(metrics: Metrics) -> None:
+    value = metrics.registry.get_sample_value
+    assert value("stepwire_epochs_ended_total", {"cause": "handover"}) == 1
+    assert value("stepwire_epochs_ended_total", {"cause": "overdue"}) == 2
 
 
 @pytest.mark.parametrize(

@@ -262,3 +262,57 @@ def test_a_block_that_lacks_its_last_token_is_not_shared() -> None:
     second = submit(planner, [1, 2, 3, 7, 9], request_id="b")[0]
     step(planner)
     assert second.num_cached_tokens == 0
+
+
+def test_interrupted_streams_are_recomputed_oldest_first_and_a_capped_part_at_a_time() -> None:
+    planner = make_planner(max_num_batched_tokens=32, max_num_prefill_tokens=8)
+    sequences = [submit(planner, range(1, 9), request_id=str(i))[0] for i in range(4)]
+    while any(sequence.num_output_tokens == 0 for sequence in sequences):
+        step(planner, token_id=9)
+    planner.reset_epoch()
+    resumed: list[Sequence] = []
+    before = {id(each): len(each.token_ids) for each in sequences}
+    for _ in range(20):
+        plan = planner.plan(0.0)
+        assert plan is not None
+        num_prefill = sum(num for num in plan.work_num_tokens if num > 1)
+        assert num_prefill <= 8, "streams that have begun wait for one large step"
+        answer(planner, plan, token_id=9)
+        resumed += [s for s in sequences if len(s.token_ids) > before[id(s)] and s not in resumed]
+        if len(resumed) == len(sequences):
+            break
+    assert resumed == sequences
+
+
+def test_new_prompts_are_not_capped_while_no_stream_has_begun() -> None:
+    planner = make_planner(max_num_batched_tokens=32, max_num_prefill_tokens=8)
+    submit(planner, range(1, 40))
+    assert step(planner).work_num_tokens == [32]
+
+
+@pytest.mark.parametrize("leader_ends", [False, True])
+def test_sequences_of_one_prompt_are_recomputed_with_the_prompt_once(leader_ends: bool) -> None:
+    planner = make_planner(max_num_prefill_tokens=32)
+    sequences = submit(planner, range(1, 14), n=4)
+    while any(sequence.num_output_tokens == 0 for sequence in sequences):
+        step(planner, token_id=9)
+    if leader_ends:
+        planner.finish(sequences[0], FinishReason.CANCELLED)
+    planner.reset_epoch()
+    num_computed = 0
+    while planner.waiting or any(s.num_output_tokens < 3 for s in planner.running):
+        num_computed += sum(step(planner, token_id=9).work_num_tokens)
+    # Twelve tokens of the prompt fill blocks; what follows is each sequence's own.
+    num_left = 3 if leader_ends else 4
+    assert num_computed < 12 + num_left * 8
+
+
+def test_a_handover_counts_no_resume() -> None:
+    planner = make_planner(max_resumes=0)
+    sequence = submit(planner, range(1, 5))[0]
+    step(planner, token_id=9)
+    assert planner.reset_epoch(is_handover=True) == []
+    assert sequence.num_resumes == 0
+    plan = step(planner, token_id=8)
+    assert list(plan.admissions[0].token_ids) == [1, 2, 3, 4, 9]
+    assert list(sequence.token_ids) == [1, 2, 3, 4, 9, 8]
