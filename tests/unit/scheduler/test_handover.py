@@ -173,6 +173,19 @@ async def test_streams_go_on_at_a_standby_when_a_step_is_overdue() -> None:
         assert cluster.metric("sequences_resumed_total") == 1
 
 
+async def test_a_scheduler_that_drains_outlives_the_loss_of_its_executors() -> None:
+    hangs, stays = HashingExecutor(step_seconds=0.005), loading()
+    async with serving([hangs], [stays], step_timeout_ms=200) as cluster:
+        stays.description.clear()
+        reader = asyncio.create_task(read(cluster.submit([1, 2, 3], 60)))
+        await eventually(lambda: hangs.num_steps > 2)
+        draining = asyncio.create_task(cluster.loop.drain(30))
+        hangs.corrupt = lambda result: None
+        assert await reader == expected_output([1, 2, 3], 60)
+        await draining
+        assert stays.num_epochs == 1
+
+
 async def test_a_standby_with_another_model_is_not_used() -> None:
     ends = HashingExecutor(step_seconds=0.005)
     other = HashingExecutor(description={"model_fingerprint": "another"})
