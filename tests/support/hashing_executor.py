@@ -36,6 +36,7 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
     num_steps: int = 0
     calls: list[Any] = field(default_factory=list)
     open_calls: list[Any] = field(default_factory=list)
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         says: dict[str, Any] = {
@@ -56,7 +57,11 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
         """Say that the rank is to end, as SIGTERM does."""
         self.description["load_state"] = pb.LOAD_STATE_DRAINING
         for call in self.open_calls:
-            await call.write(pb.ExecuteResponse(draining=pb.Draining()))
+            await self._write(call, pb.ExecuteResponse(draining=pb.Draining()))
+
+    async def _write(self, call: Any, response: pb.ExecuteResponse) -> None:
+        async with self._writing:  # gRPC takes one message of a call at a time
+            await call.write(response)
 
     async def Execute(self, requests: AsyncIterator[pb.ExecuteRequest], context: Any) -> None:
         self.calls.append(context)
@@ -78,13 +83,13 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
             if request.WhichOneof("message") == "open_epoch":
                 self.num_epochs += 1
                 opened = pb.EpochOpened(epoch=request.open_epoch.epoch)
-                await context.write(pb.ExecuteResponse(epoch_opened=opened))
+                await self._write(context, pb.ExecuteResponse(epoch_opened=opened))
                 continue
             await asyncio.sleep(self.step_seconds)
             self.num_steps += 1
             result = self.corrupt(_execute(simulated, request.step_plan))
             if result is not None:
-                await context.write(pb.ExecuteResponse(step_result=result))
+                await self._write(context, pb.ExecuteResponse(step_result=result))
 
 
 def expected_output(prompt: list[int], num_tokens: int, stream: int = 0) -> list[int]:

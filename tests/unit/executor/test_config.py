@@ -45,6 +45,7 @@ def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
         "local_world_size": "2",
         "external_store": "true",
         "group_id": "run",
+        "drain_timeout_ms": "500",
         "log_level": "debug",
     }
     names = {each.name for each in dataclasses.fields(ExecutorConfig)}
