@@ -155,6 +155,14 @@ class PlannerMachine(RuleBasedStateMachine):
             self._note_end(update.sequence)
         self._start_executor()
 
+    @precondition(lambda self: not self.planner.inflight)
+    @rule()
+    def hand_over(self) -> None:
+        before = [(each.num_resumes, len(each.token_ids)) for each in self.sequences]
+        assert self.planner.reset_epoch(is_handover=True) == []
+        assert before == [(each.num_resumes, len(each.token_ids)) for each in self.sequences]
+        self._start_executor()
+
     def _note_end(self, sequence: Sequence) -> None:
         assert sequence not in self.ended, "ended twice"
         assert sequence.finish_reason is not None
