@@ -75,14 +75,11 @@ def _parser(hints: Mapping[str, Any], *, show_help: bool) -> argparse.ArgumentPa
             shown = ",".join(default) if isinstance(default, tuple) else default
             text += f" Default: {shown}."
         hint = hints[setting.name]
+        action = "append" if _is_list_of_groups(hint) else "store"
         parser.add_argument(
             "--" + _flag_name(setting.name),
             dest=setting.name,
-            action=argparse.BooleanOptionalAction
-            if hint is bool
-            else "append"
-            if _is_list_of_groups(hint)
-            else "store",
+            action=argparse.BooleanOptionalAction if hint is bool else action,
             default=None,
             help=text.replace("%", "%%"),
         )

@@ -215,6 +215,22 @@ async def test_a_smaller_standby_ends_only_what_cannot_fit() -> None:
             await read(long)
 
 
+@pytest.mark.parametrize("max_inflight_steps", [1, 2])
+async def test_an_executor_idles_only_where_sequences_could_go_on(max_inflight_steps: int) -> None:
+    def idle_before(result: pb.StepResult) -> pb.StepResult:
+        result.timings.idle_ms, result.timings.forward_ms = 1_000.0, 500.0
+        return result
+
+    executor = HashingExecutor(corrupt=idle_before)
+    async with serving([executor], max_inflight_steps=max_inflight_steps) as cluster:
+        await read(cluster.submit([1, 2, 3], 10))
+        await read(cluster.submit([2, 3, 4], 10))
+        # The first step of each request came after a time in which there was nothing to do.
+        assert executor.num_steps == 20
+        assert cluster.metric("executor_idle_seconds_total") == pytest.approx(18.0)
+        assert cluster.metric("executor_busy_seconds_total") == pytest.approx(10.0)
+
+
 def test_a_large_step_has_longer_in_proportion() -> None:
     assert step_deadline_ms(10_000, 1) == step_deadline_ms(10_000, 512) == 10_000
     assert step_deadline_ms(10_000, 2_048) == 40_000
