@@ -21,10 +21,17 @@ def main() -> int:
     # What follows takes most of the start; a wrong flag need not wait for it.
     from stepwire_scheduler.logs import configure_logging, get_logger
     from stepwire_scheduler.server import serve
+    from stepwire_scheduler.tenants import read_tokens
+    from stepwire_scheduler.tls import check_tls_files
 
     configure_logging(config.log_level)
     try:
-        _run(serve(config, announce=_announce))
+        check_tls_files(config)
+        tokens = read_tokens(config)
+    except ConfigError as error:
+        return _fail(error.message, 2)
+    try:
+        _run(serve(config, tokens, announce=_announce))
     except (ConfigError, ListenError) as error:
         return _fail(error.message, 1)
     except Exception:

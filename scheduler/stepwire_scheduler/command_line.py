@@ -48,6 +48,7 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Sc
         settings[setting.name] = _convert(setting.name, hints[setting.name], value, source)
     config = SchedulerConfig(**settings)
     _check_addresses(config)
+    _check_tls(config)
     return config
 
 
@@ -158,15 +159,19 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_addresses(config: SchedulerConfig) -> None:
-    listens = [("--listen", config.listen)]
+    host, _ = split_address(config.listen, "--listen")
+    if not is_loopback(host) and not config.insecure and (missing := _missing_protection(config)):
+        raise ConfigError(
+            f"--listen {config.listen} is reachable from other machines: give {missing}, use "
+            "127.0.0.1, or add --insecure to serve anyone in plain text"
+        )
     if config.metrics_listen is not None:
-        listens.append(("--metrics-listen", config.metrics_listen))
-    for flag, address in listens:
-        host, _ = split_address(address, flag)
+        host, _ = split_address(config.metrics_listen, "--metrics-listen")
         if not is_loopback(host) and not config.insecure:
             raise ConfigError(
-                f"{flag} {address} is reachable from other machines without encryption or "
-                "authentication; use 127.0.0.1, or add --insecure to accept that"
+                f"--metrics-listen {config.metrics_listen} is reachable from other machines, and "
+                "metrics have neither encryption nor authentication; use 127.0.0.1, or add "
+                "--insecure to accept that"
             )
     if not config.executor_addresses:
         raise ConfigError("--executor is empty")
@@ -178,3 +183,33 @@ def _check_addresses(config: SchedulerConfig) -> None:
         if address in seen:
             raise ConfigError(f"--standby-executor {address} is named already: name each once")
         seen.add(address)
+
+
+def _missing_protection(config: SchedulerConfig) -> str:
+    """Flags that a port open to other machines still needs."""
+    missing = []
+    if config.tls_cert is None:
+        missing.append("--tls-cert and --tls-key")
+    if config.auth_tokens_file is None and config.tls_client_ca is None:
+        missing.append("--auth-tokens-file or --tls-client-ca")
+    return ", and ".join(missing)
+
+
+def _check_tls(config: SchedulerConfig) -> None:
+    """Flags that mean nothing alone; an unused one would look like protection."""
+    for cert, key, cert_flag in (
+        (config.tls_cert, config.tls_key, "--tls-cert"),
+        (config.executor_tls_cert, config.executor_tls_key, "--executor-tls-cert"),
+    ):
+        if (cert is None) != (key is None):
+            key_flag = cert_flag.removesuffix("cert") + "key"
+            raise ConfigError(f"{cert_flag} and {key_flag} belong together: give both")
+    if config.tls_client_ca is not None and config.tls_cert is None:
+        raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    if config.executor_tls_ca is None:
+        for value, flag in (
+            (config.executor_tls_cert, "--executor-tls-cert"),
+            (config.executor_tls_server_name, "--executor-tls-server-name"),
+        ):
+            if value is not None:
+                raise ConfigError(f"{flag} needs --executor-tls-ca")

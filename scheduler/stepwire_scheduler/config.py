@@ -64,6 +64,26 @@ class SchedulerConfig:
     """Most bytes of that file; as much again may lie in the file before it, PATH.1."""
     enable_reflection: bool = False
     """Serve grpc.reflection.v1alpha, for tools like grpcurl."""
+    tls_cert: str | None = None
+    """PEM file of the certificate that --listen shows; default: plain text."""
+    tls_key: str | None = None
+    """PEM file of its private key."""
+    tls_client_ca: str | None = None
+    """PEM file of CAs: clients must bring a certificate that one of them signed."""
+    auth_tokens_file: str | None = None
+    """File of tenants and the hashes of their bearer tokens; calls without one are refused."""
+    max_requests_per_tenant: int = 32
+    """Requests of one tenant, queued or running, where there are tokens."""
+    executor_tls_ca: str | None = None
+    """PEM file of CAs that sign the executors' certificates; default: plain text."""
+    executor_tls_cert: str | None = None
+    """PEM file of the certificate that executors see."""
+    executor_tls_key: str | None = None
+    """PEM file of its private key."""
+    executor_tls_server_name: str | None = None
+    """Name in the executors' certificates, where it is not the host in --executor."""
+    local_socket: str | None = None
+    """Path of a Unix socket that serves without TLS or token whoever may open it: this user."""
     insecure: bool = False
     """Allow addresses beyond loopback, without encryption or authentication."""
     log_level: LogLevel = "info"

@@ -6,11 +6,14 @@ SchedulerError
 ├── TokenizerFilesError       the tokenizer's files are missing or not usable
 ├── PlanStreamError           the epoch is over: a rank is gone, overdue or wrong
 ├── ExecutorMismatchError     the executors named do not make one group
+│   └── ExecutorTlsError          one of them and the scheduler do not trust each other
 ├── InvalidRequestError       the request is at fault; names every field
 ├── ChatTemplateError         the template refuses the messages; becomes InvalidRequestError
 ├── TextTooLongError          more tokens than allowed; becomes InvalidRequestError
 ├── DuplicateRequestError     its id is still running
+├── UnauthenticatedError      the call brings no valid token
 ├── QueueFullError            too much waits already; retry later
+├── QuotaExceededError        the tenant has too many requests under way; retry later
 ├── UnavailableError          nothing can run now; retry later
 │   ├── NotReadyError             the model, or its tokenizer, still loads
 │   ├── DrainingError             the scheduler ends
@@ -82,6 +85,10 @@ class ExecutorMismatchError(SchedulerError):
     """The executors named do not make one group; for the operator."""
 
 
+class ExecutorTlsError(ExecutorMismatchError):
+    """An executor's connection cannot be secured as the flags say; for the operator."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldViolation:
     """One field at fault."""
@@ -125,10 +132,23 @@ class DuplicateRequestError(SchedulerError):
         super().__init__(f"request {request_id} is still running; choose another request_id")
 
 
+class UnauthenticatedError(SchedulerError):
+    """The call brings no token, or one that is not known; which of them is not said."""
+
+    reason = "UNAUTHENTICATED"
+
+
 class QueueFullError(SchedulerError):
     """The queue's bound in requests or tokens is reached."""
 
     reason = "QUEUE_FULL"
+    retry_after_ms = 1_000
+
+
+class QuotaExceededError(SchedulerError):
+    """The tenant has as many requests under way as it may have."""
+
+    reason = "QUOTA_EXCEEDED"
     retry_after_ms = 1_000
 
 
@@ -181,7 +201,9 @@ STATUS: dict[type[SchedulerError], StatusCode] = {
     SchedulerError: StatusCode.INTERNAL,
     InvalidRequestError: StatusCode.INVALID_ARGUMENT,
     DuplicateRequestError: StatusCode.ALREADY_EXISTS,
+    UnauthenticatedError: StatusCode.UNAUTHENTICATED,
     QueueFullError: StatusCode.RESOURCE_EXHAUSTED,
+    QuotaExceededError: StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: StatusCode.UNAVAILABLE,
     DeadlineExceededError: StatusCode.DEADLINE_EXCEEDED,
     SlowReaderError: StatusCode.ABORTED,

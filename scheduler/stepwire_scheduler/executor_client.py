@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import structlog
 from stepwire.executor.v1 import executor_pb2, executor_pb2_grpc
 from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
 
-from stepwire_scheduler.errors import ExecutorMismatchError, PlanStreamError
+from stepwire_scheduler.errors import (
+    ConfigError,
+    ExecutorMismatchError,
+    ExecutorTlsError,
+    PlanStreamError,
+)
 from stepwire_scheduler.plan import Admission, StepOutcome, StepPlan
 from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.sequence import Logprobs
+from stepwire_scheduler.tls import ChannelTls, describe_tls_fault
+
+log = structlog.get_logger(__name__)
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _DESCRIBE_TIMEOUT_S = 5.0
@@ -57,20 +66,45 @@ class StepReply:
 class ExecutorGroup:
     """Connections to every rank that computes one model together."""
 
-    def __init__(self, addresses: Sequence[str], plan_log: PlanLog | None = None) -> None:
-        """addresses: host:port of each rank, in any order. plan_log: is told of every epoch."""
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        plan_log: PlanLog | None = None,
+        tls: ChannelTls | None = None,
+    ) -> None:
+        """addresses: host:port of each rank, in any order. plan_log: is told of every epoch.
+
+        Without tls the connections are plain text. Raises ConfigError where its files are faulty.
+        """
         self._plan_log = plan_log
         self._addresses = tuple(addresses)
-        self._channels = [
-            grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) for address in addresses
-        ]
+        self._tls = tls
+        self._connect()
+
+    def _connect(self) -> None:
+        if self._tls is None:
+            self._channels = [
+                grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+                for address in self._addresses
+            ]
+        else:
+            credentials = self._tls.read()
+            options = (*_CHANNEL_OPTIONS, *self._tls.channel_options)
+            self._channels = [
+                grpc.aio.secure_channel(address, credentials, options=options)
+                for address in self._addresses
+            ]
         self._stubs = [executor_pb2_grpc.ExecutorServiceStub(c) for c in self._channels]
 
     def __str__(self) -> str:
         return ",".join(self._addresses)
 
     async def describe(self) -> list[Description]:
-        """Ask every rank what it is; raises PlanStreamError if one does not answer."""
+        """Ask every rank what it is.
+
+        Raises PlanStreamError if one does not answer, ExecutorTlsError if that is for want of
+        trust.
+        """
         try:
             return list(
                 await asyncio.gather(
@@ -81,7 +115,23 @@ class ExecutorGroup:
                 )
             )
         except grpc.aio.AioRpcError as error:
+            await self._renew()
+            if fault := describe_tls_fault(error.details() or ""):
+                raise ExecutorTlsError(f"an executor cannot be reached: {fault}") from error
             raise PlanStreamError(f"no answer: {error.code().name}") from error
+
+    async def _renew(self) -> None:
+        """Connect anew where the certificates have changed; what fails stays as it is."""
+        if self._tls is None or not self._tls.has_changed:
+            return
+        before = self._channels
+        try:
+            self._connect()
+        except ConfigError as error:
+            log.warning("certificates towards executors not renewed", cause=error.message)
+            return
+        log.info("certificates towards executors renewed")
+        await asyncio.gather(*(channel.close() for channel in before))
 
     async def open_epoch(self, epoch: int, descriptions: Sequence[Description]) -> PlanStream:
         """Start an epoch on every rank; raises PlanStreamError."""

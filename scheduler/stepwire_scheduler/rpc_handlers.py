@@ -25,6 +25,7 @@ from stepwire_scheduler.errors import (
 )
 from stepwire_scheduler.logs import get_logger
 from stepwire_scheduler.rpc_status import abort
+from stepwire_scheduler.tenants import Authenticator, set_current_tenant
 
 SERVICE_NAME = "stepwire.scheduler.v1.GenerationService"
 
@@ -33,17 +34,20 @@ log = get_logger("rpc")
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class _Malformed:
-    """Stands for a request that could not be parsed."""
-
-
 def add_generation_service(
-    servicer: generation_pb2_grpc.GenerationServiceServicer, server: grpc.aio.Server
+    servicer: generation_pb2_grpc.GenerationServiceServicer,
+    server: grpc.aio.Server,
+    authenticator: Authenticator | None = None,
 ) -> None:
-    """Serve every method of the servicer; streaming ones write to their context."""
+    """Serve every method of the servicer; streaming ones write to their context.
+
+    Each call is authenticated before its request is parsed; without an authenticator anybody may
+    call.
+    """
+    authenticator = authenticator or Authenticator()
     service = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
     assert service.full_name == SERVICE_NAME
-    handlers = {}
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
         make_handler = (
             grpc.unary_stream_rpc_method_handler
@@ -51,34 +55,28 @@ def add_generation_service(
             else grpc.unary_unary_rpc_method_handler
         )
         handlers[method.name] = make_handler(
-            partial(_answer, getattr(servicer, method.name)),
-            request_deserializer=partial(_parse, GetMessageClass(method.input_type)),
+            partial(
+                _answer,
+                getattr(servicer, method.name),
+                GetMessageClass(method.input_type),
+                authenticator,
+            ),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
 
-def _parse(message_class: type[Message], data: bytes) -> Message | _Malformed:
-    try:
-        return message_class.FromString(data)
-    except DecodeError:
-        return _Malformed()
-
-
 async def _answer(
     method: Callable[[Any, _Context], Awaitable[Message | None]],
-    request: Message | _Malformed,
+    request_class: type[Message],
+    authenticator: Authenticator,
+    data: bytes,
     context: _Context,
 ) -> Message | None:
     try:
-        if isinstance(request, _Malformed):
-            violation = FieldViolation(
-                field="",
-                description="the request is not a valid protobuf message of its type, "
-                "or a string in it is not UTF-8",
-            )
-            raise InvalidRequestError([violation])
-        return await method(request, context)
+        metadata = context.invocation_metadata() or ()
+        set_current_tenant(authenticator.authenticate(metadata, context.peer()))
+        return await method(_parse(request_class, data), context)
     except SchedulerError as error:
         await abort(context, error)
     except grpc.aio.AbortError:
@@ -87,3 +85,15 @@ async def _answer(
         log.exception("handler failed")
         await abort(context, InternalError("internal error; the server's log has the details"))
     return None
+
+
+def _parse(message_class: type[Message], data: bytes) -> Message:
+    try:
+        return message_class.FromString(data)
+    except DecodeError:
+        violation = FieldViolation(
+            field="",
+            description="the request is not a valid protobuf message of its type, or a string "
+            "in it is not UTF-8",
+        )
+        raise InvalidRequestError([violation]) from None

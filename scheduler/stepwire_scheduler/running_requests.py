@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.output import OutputAssembler
 from stepwire_scheduler.plan import SequenceUpdate, StepPlan
 from stepwire_scheduler.request_stream import RequestStream
-from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +36,7 @@ class _Entry:
 
 
 class RunningRequests:
-    """The requests by id, from acceptance to their one end."""
+    """The requests by tenant and id, from acceptance to their one end."""
 
     def __init__(
         self,
@@ -48,15 +49,20 @@ class RunningRequests:
         self._metrics = metrics
         self._max_unread_bytes = max_unread_bytes
         self._finish_sequence = finish_sequence
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[RequestKey, _Entry] = {}
+        self._num_of_tenant: Counter[str] = Counter()
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._entries
+    def __contains__(self, key: RequestKey) -> bool:
+        return key in self._entries
 
-    def __iter__(self) -> Iterator[str]:
-        """The ids as they are now; ending requests meanwhile is fine."""
+    def num_of_tenant(self, tenant: str) -> int:
+        """Requests of a tenant that have not ended."""
+        return self._num_of_tenant[tenant]
+
+    def __iter__(self) -> Iterator[RequestKey]:
+        """The keys as they are now; ending requests meanwhile is fine."""
         return iter(list(self._entries))
 
     def add(
@@ -67,9 +73,10 @@ class RunningRequests:
             request,
             sequences,
             max_unread_bytes=self._max_unread_bytes,
-            on_close=lambda stream: self.end(stream.request.request_id, FinishReason.CANCELLED),
+            on_close=lambda stream: self.end(stream.request.key, FinishReason.CANCELLED),
         )
-        self._entries[request.request_id] = _Entry(
+        self._num_of_tenant[request.tenant] += 1
+        self._entries[request.key] = _Entry(
             stream=stream,
             assemblers=[OutputAssembler(tokenizer, request.sampling_params) for _ in sequences],
         )
@@ -84,7 +91,7 @@ class RunningRequests:
     def note_first_steps(self, plan: StepPlan, now: float) -> None:
         """Tell the readers of sequences that get their first step."""
         for sequence in plan.first_scheduled:
-            entry = self._entries.get(sequence.request.request_id)
+            entry = self._entries.get(sequence.request.key)
             if entry is None or entry.stream.request is not sequence.request:
                 continue
             entry.stream.publish_scheduled(sequence, now)
@@ -93,29 +100,29 @@ class RunningRequests:
 
     def end_slow_readers(self, now: float, unread_timeout_ms: float) -> None:
         """End requests whose output has been over its bound for too long."""
-        for request_id, entry in list(self._entries.items()):
+        for key, entry in list(self._entries.items()):
             since = entry.stream.over_bound_since_ms
             if since is not None and now - since > unread_timeout_ms:
                 error = SlowReaderError("the output was not read for too long")
-                self.end(request_id, FinishReason.ERROR, error)
+                self.end(key, FinishReason.ERROR, error)
 
     def deliver(self, updates: Iterable[SequenceUpdate]) -> None:
         """Hand new tokens, and ends, to the streams they belong to."""
         now = now_ms()
         for update in updates:
             sequence = update.sequence
-            request_id = sequence.request.request_id
-            entry = self._entries.get(request_id)
+            key = sequence.request.key
+            entry = self._entries.get(key)
             if entry is None or sequence is not entry.stream.progress[sequence.index].sequence:
                 continue
             if sequence.finish_reason is FinishReason.DEADLINE:
                 self.end(
-                    request_id,
+                    key,
                     FinishReason.DEADLINE,
                     DeadlineExceededError("the request's deadline passed"),
                 )
             elif sequence.finish_reason is FinishReason.ERROR:
-                self.end(request_id, FinishReason.ERROR, _error_of(update, sequence))
+                self.end(key, FinishReason.ERROR, _error_of(update, sequence))
             else:
                 self._deliver_tokens(entry, update, now)
 
@@ -130,7 +137,7 @@ class RunningRequests:
             # One request's text must not end the others' steps.
             log.exception("detokenisation failed", request_id=stream.request.request_id)
             self.end(
-                stream.request.request_id,
+                stream.request.key,
                 FinishReason.ERROR,
                 InternalError("the output could not be turned into text"),
             )
@@ -146,10 +153,10 @@ class RunningRequests:
             self._close(entry, delta.finish_reason or FinishReason.STOP, None)
 
     def end(
-        self, request_id: str, reason: FinishReason, error: SchedulerError | None = None
+        self, key: RequestKey, reason: FinishReason, error: SchedulerError | None = None
     ) -> None:
         """End all sequences of a request now; its reader gets what there is, then the error."""
-        entry = self._entries[request_id]
+        entry = self._entries[key]
         now = now_ms()
         for progress, assembler in zip(entry.stream.progress, entry.assemblers, strict=True):
             if progress.is_finished:
@@ -162,7 +169,8 @@ class RunningRequests:
 
     def _close(self, entry: _Entry, reason: FinishReason, error: SchedulerError | None) -> None:
         stream = entry.stream
-        del self._entries[stream.request.request_id]
+        del self._entries[stream.request.key]
+        self._num_of_tenant -= Counter((stream.request.tenant,))  # drops those that reach 0
         stream.end(now_ms(), error)
         usage, timings = stream.usage, stream.timings
         self._metrics.on_finished(

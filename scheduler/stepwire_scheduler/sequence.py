@@ -7,6 +7,9 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+RequestKey = tuple[str, str]
+"""Tenant and request id."""
+
 
 class FinishReason(enum.Enum):
     """Why a sequence ended."""
@@ -70,7 +73,12 @@ class Request:
     deadline_ms: float = float("inf")
     """On the same clock."""
     tenant: str = ""
-    """Prefixes are shared within a tenant only."""
+    """Whose request it is: ids are a tenant's own, and prefixes are shared within it only."""
+
+    @property
+    def key(self) -> RequestKey:
+        """What tells it from every other request."""
+        return self.tenant, self.request_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

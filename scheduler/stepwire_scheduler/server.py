@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +24,8 @@ from stepwire_scheduler.rpc_handlers import SERVICE_NAME, add_generation_service
 from stepwire_scheduler.served_model import ServingState
 from stepwire_scheduler.service import GenerationService
 from stepwire_scheduler.step_loop import StepLoop
+from stepwire_scheduler.tenants import Authenticator, TokensFile
+from stepwire_scheduler.tls import port_files, server_credentials
 
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", 1024 * 1024),
@@ -42,11 +45,14 @@ _STOP_GRACE_S = 1.0
 log = get_logger("server")
 
 
-async def serve(config: SchedulerConfig, announce: Callable[[str], None]) -> None:
+async def serve(
+    config: SchedulerConfig, tokens: TokensFile | None, announce: Callable[[str], None]
+) -> None:
     """Listen first, then load; on SIGTERM or SIGINT finish what runs, on another end it.
 
-    announce is called with HOST:PORT once health and metrics answer. Raises ListenError,
-    ConfigError where --plan-log cannot be written, and whatever else ends the scheduler.
+    Without tokens everybody may call. announce is called with HOST:PORT once health and metrics
+    answer. Raises ListenError, ConfigError where a file that is named cannot be used, and whatever
+    else ends the scheduler.
     """
     stop, hurry = _catch_signals()
     model_name = config.served_model_name or _default_name(config.model)
@@ -54,19 +60,30 @@ async def serve(config: SchedulerConfig, announce: Callable[[str], None]) -> Non
     plan_log = None
     if config.plan_log is not None:
         plan_log = PlanLog(Path(config.plan_log), max_bytes=config.plan_log_max_bytes)
+    authenticator = Authenticator(tokens, on_refused=metrics.on_rejected)
     step_loop = StepLoop(config, metrics, plan_log)
     service = GenerationService(config, step_loop, metrics, model_name)
     server = grpc.aio.server(options=_SERVER_OPTIONS)
-    add_generation_service(service, server)
+    add_generation_service(service, server, authenticator)
+    # Open to everybody: supervisors have no token, and all it says is whether requests run.
     health = HealthService({SERVICE_NAME: lambda: service.is_serving})
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if config.enable_reflection:
         _enable_reflection(server)
-    address = _bind(server, config.listen)
+    address = _bind(server, config)
+    if config.local_socket is not None:
+        _bind_local(server, config.local_socket)
     await server.start()
     stop_metrics = _serve_metrics(config, metrics)
     announce(address)
-    log.info("listening", address=address, model=model_name)
+    log.info(
+        "listening",
+        address=address,
+        model=model_name,
+        tls=config.tls_cert is not None,
+        client_certificates=config.tls_client_ca is not None,
+        tokens=tokens is not None,
+    )
 
     tasks = [
         asyncio.create_task(step_loop.run(), name="step loop"),
@@ -129,16 +146,36 @@ def _default_name(model: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
-def _bind(server: grpc.aio.Server, address: str) -> str:
+def _bind(server: grpc.aio.Server, config: SchedulerConfig) -> str:
     """HOST:PORT with the port that was taken."""
+    address, files = config.listen, port_files(config)
     host, port = split_address(address, "--listen")
     try:
-        bound = server.add_insecure_port(address)
+        if files is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, server_credentials(files))
     except RuntimeError:
         bound = 0
     if bound == 0:
         raise ListenError(f"--listen {address} cannot be bound; is port {port} in use?")
     return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+
+def _bind_local(server: grpc.aio.Server, path: str) -> None:
+    """Listen at a Unix socket that only this user may open."""
+    mask = os.umask(0o177)
+    try:
+        bound = server.add_insecure_port(f"unix:{path}")
+    except RuntimeError:
+        bound = 0
+    finally:
+        os.umask(mask)
+    if bound == 0:
+        raise ListenError(
+            f"--local-socket {path} cannot be bound: give a path of at most 100 characters in a "
+            "folder that can be written"
+        )
 
 
 def _serve_metrics(config: SchedulerConfig, metrics: Metrics) -> Callable[[], None] | None:

@@ -18,6 +18,7 @@ from stepwire_scheduler.errors import (
     FieldViolation,
     InvalidRequestError,
     NotReadyError,
+    QuotaExceededError,
     SchedulerError,
     SlowReaderError,
 )
@@ -34,6 +35,7 @@ from stepwire_scheduler.responses import (
 from stepwire_scheduler.sampling_validation import ModelLimits
 from stepwire_scheduler.served_model import ServingState
 from stepwire_scheduler.step_loop import StepLoop
+from stepwire_scheduler.tenants import Tenant, current_tenant
 from stepwire_scheduler.validation import (
     check_detokenize,
     check_tokenize,
@@ -132,7 +134,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Cancel(
         self, request: generation_pb2.CancelRequest, context: _Context
     ) -> generation_pb2.CancelResponse:
-        cancelled = [each for each in request.request_ids if self._step_loop.cancel(each)]
+        tenant = current_tenant().name
+        cancelled = [each for each in request.request_ids if self._step_loop.cancel(each, tenant)]
         return generation_pb2.CancelResponse(cancelled_request_ids=cancelled)
 
     async def GetModel(
@@ -215,12 +218,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         context: _Context,
     ) -> tuple[RequestStream, int]:
         arrival_ms = now_ms()
+        tenant = current_tenant()
         if self._step_loop.state is ServingState.DRAINING:
             raise DrainingError
         model = self._step_loop.model
         if model is None:
             raise NotReadyError("the model still loads; GetModel says how far it is")
         tokenizer = self._loaded_tokenizer()
+        self._check_quota(tenant)  # before the cost of reading it, too
         if not request.HasField("input"):
             raise InvalidRequestError([FieldViolation(field="input", description="must be set")])
         validated = await validate_input(
@@ -229,9 +234,21 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             tokenizer=tokenizer,
             arrival_ms=arrival_ms,
             deadline_ms=arrival_ms + self._time_allowed_ms(context),
+            tenant=tenant.name,
+            min_priority=tenant.min_priority,
         )
+        self._check_quota(tenant)
         num_waiting = self._step_loop.num_waiting
         return self._step_loop.submit(validated), num_waiting
+
+    def _check_quota(self, tenant: Tenant) -> None:
+        """Raises QuotaExceededError where one more request would be too many."""
+        limit = tenant.max_requests
+        if limit is not None and self._step_loop.num_requests_of(tenant.name) >= limit:
+            raise QuotaExceededError(
+                f"{limit} requests of this tenant are under way, which is all it may have; retry "
+                "when one has ended"
+            )
 
     def _time_allowed_ms(self, context: _Context) -> float:
         """The call's deadline from now, the default where it has none, never above the limit."""

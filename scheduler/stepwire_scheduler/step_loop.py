@@ -36,6 +36,7 @@ from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.running_requests import RunningRequests
 from stepwire_scheduler.sequence import FinishReason, Request, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState, served_model
+from stepwire_scheduler.tls import executor_tls
 
 _HOUSEKEEPING_INTERVAL_S = 0.05
 TOKENS_OF_A_TIMEOUT = 512
@@ -125,7 +126,7 @@ class StepLoop:
             raise DrainingError
         if planner is None or tokenizer is None:
             raise NotReadyError("the model still loads; GetModel says how far it is")
-        if request.request_id in self._requests:
+        if request.key in self._requests:
             raise DuplicateRequestError(request.request_id)
         self._check_fits(request)
         num_sequences = request.sampling_params.n
@@ -150,12 +151,17 @@ class StepLoop:
             )
             raise InvalidRequestError([violation])
 
-    def cancel(self, request_id: str) -> bool:
-        """End a request; its stream ends with what it has. False where it does not run."""
-        if request_id not in self._requests:
+    def cancel(self, request_id: str, tenant: str = "") -> bool:
+        """End a request of a tenant; its stream ends with what it has. False: it does not run."""
+        key = (tenant, request_id)
+        if key not in self._requests:
             return False
-        self._requests.end(request_id, FinishReason.CANCELLED)
+        self._requests.end(key, FinishReason.CANCELLED)
         return True
+
+    def num_requests_of(self, tenant: str) -> int:
+        """Requests of a tenant that are queued or running."""
+        return self._requests.num_of_tenant(tenant)
 
     @property
     def num_waiting(self) -> int:
@@ -171,7 +177,9 @@ class StepLoop:
     async def _serve_epochs(self) -> None:
         config = self._config
         addresses = (config.executor_addresses, *config.standby_executor_addresses)
-        groups = [ExecutorGroup(each, self._plan_log) for each in addresses]
+        groups = [
+            ExecutorGroup(each, self._plan_log, executor_tls(config)) for each in addresses
+        ]
         self._groups = ExecutorGroups(groups)
         epoch = time.time_ns()  # above any epoch of a scheduler before this one
         try:
@@ -229,8 +237,8 @@ class StepLoop:
         try:
             await asyncio.wait_for(self._requests.wait_until_none(), timeout_s)
         except TimeoutError:
-            for request_id in self._requests:
-                self._requests.end(request_id, FinishReason.CANCELLED, DrainingError())
+            for key in self._requests:
+                self._requests.end(key, FinishReason.CANCELLED, DrainingError())
 
     def _adopt(self, description: Description) -> None:
         """Take the executors' limits; what waits outlives them unless the model changed."""
@@ -253,10 +261,8 @@ class StepLoop:
         self.model = model
         if is_other_model:
             log.warning("the executors serve another model; ending what waits")
-            for request_id in self._requests:
-                self._requests.end(
-                    request_id, FinishReason.ERROR, ExecutorLostError("the model changed")
-                )
+            for key in self._requests:
+                self._requests.end(key, FinishReason.ERROR, ExecutorLostError("the model changed"))
         if self._planner is None:
             self._planner = Planner(config, prefix_key=secrets.token_bytes(32))
         else:

@@ -39,10 +39,13 @@ async def validate_input(
     tokenizer: Tokenizer,
     arrival_ms: float,
     deadline_ms: float,
+    tenant: str = "",
+    min_priority: int = -MAX_PRIORITY,
 ) -> Request:
     """The request with every default filled in, its prompt tokenised.
 
-    arrival_ms, deadline_ms: on the scheduler's clock. The cost is bounded before anything is
+    arrival_ms, deadline_ms: on the scheduler's clock. tenant, min_priority: whose it is, and the
+    smallest priority that may have. The cost is bounded before anything is
     looped over or tokenised. Raises InvalidRequestError, or QueueFullError if too many texts
     are being tokenised.
     """
@@ -76,9 +79,10 @@ async def validate_input(
         request_id=message.request_id or f"req-{uuid.uuid4().hex}",
         prompt_token_ids=prompt_token_ids,
         sampling_params=with_defaults(params, max_tokens, limits),
-        priority=message.priority,
+        priority=max(message.priority, min_priority),
         arrival_ms=arrival_ms,
         deadline_ms=deadline_ms,
+        tenant=tenant,
     )
 
 

@@ -143,7 +143,7 @@ class SimulatedClient:
         self._world.note(f"{self._script.request_id} leaves: {self._script.leaving}")
         if self._script.leaving == "cancel":
             if not stream.has_ended:
-                self._world.step_loop.cancel(self._script.request_id)
+                self._world.step_loop.cancel(self._script.request_id, self._script.tenant)
         else:
             stream.close()
 

@@ -98,6 +98,8 @@ class FakeStepLoop:
     closed: list[str] = field(default_factory=list)
     """Requests whose reader left early."""
     running: set[str] = field(default_factory=set)
+    in_flight: dict[str, int] = field(default_factory=dict)
+    """Requests under way, by tenant."""
 
     def submit(self, request: Request) -> RequestStream:
         self.submitted.append(request)
@@ -114,7 +116,10 @@ class FakeStepLoop:
         self.script(stream)
         return stream
 
-    def cancel(self, request_id: str) -> bool:
+    def num_requests_of(self, tenant: str) -> int:
+        return self.in_flight.get(tenant, 0)
+
+    def cancel(self, request_id: str, tenant: str = "") -> bool:
         if request_id not in self.running:
             return False
         self.running.remove(request_id)
