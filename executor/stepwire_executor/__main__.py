@@ -33,10 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported after the environment is set and the flags are known to be good.
     from stepwire_executor.logs import configure_logs
     from stepwire_executor.server import serve
+    from stepwire_executor.tls import check_tls_files
 
     configure_logs(config.log_level)
     try:
+        check_tls_files(config)
         return _run(serve(config))
+    except ConfigError as error:
+        _complain(str(error))
+        return USAGE_STATUS
     except ListenError as error:
         _complain(str(error))
         return 1

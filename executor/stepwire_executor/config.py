@@ -47,6 +47,27 @@ class ExecutorConfig:
         ),
     )
     """HOST:PORT of the gRPC server."""
+    tls_cert: str | None = field(
+        default=None,
+        metadata=_setting(
+            texts.path, "PEM file of the certificate that --listen shows", metavar="FILE"
+        ),
+    )
+    """PEM file of the server's certificate; None serves plain text."""
+    tls_key: str | None = field(
+        default=None,
+        metadata=_setting(texts.path, "PEM file of its private key", metavar="FILE"),
+    )
+    """PEM file of the certificate's private key."""
+    tls_client_ca: str | None = field(
+        default=None,
+        metadata=_setting(
+            texts.path,
+            "PEM file of CAs: the scheduler must bring a certificate that one of them signed",
+            metavar="FILE",
+        ),
+    )
+    """PEM file of the CAs that sign the certificates of those that may connect."""
     insecure: bool = field(
         default=False,
         metadata=_setting(
@@ -330,10 +351,15 @@ def _contradictions(config: ExecutorConfig) -> list[str]:
             f"--max-num-batched-tokens must be at least --max-num-seqs ({config.max_num_seqs}), "
             f"not {config.max_num_batched_tokens}"
         )
-    if not config.is_loopback and not config.insecure:
+    if (config.tls_cert is None) != (config.tls_key is None):
+        problems.append("--tls-cert and --tls-key belong together: give both")
+    elif config.tls_client_ca is not None and config.tls_cert is None:
+        problems.append("--tls-client-ca needs --tls-cert and --tls-key")
+    elif config.tls_client_ca is None and not config.is_loopback and not config.insecure:
         problems.append(
-            f"--listen {config.listen} is beyond loopback and nothing authenticates peers: "
-            "listen on 127.0.0.1, or add --insecure on a network you trust"
+            f"--listen {config.listen} is beyond loopback and nothing authenticates peers: give "
+            "--tls-cert, --tls-key and --tls-client-ca, listen on 127.0.0.1, or add --insecure "
+            "on a network you trust"
         )
     if config.rank >= config.tensor_parallel_size:
         problems.append(

@@ -22,6 +22,7 @@ from stepwire_executor.config import ExecutorConfig
 from stepwire_executor.errors import ListenError, ModelLoadError
 from stepwire_executor.load_status import LoadStatus
 from stepwire_executor.service import ExecutorService
+from stepwire_executor.tls import server_credentials
 
 SERVICE_NAME = "stepwire.executor.v1.ExecutorService"
 MAX_MESSAGE_BYTES = 64 << 20
@@ -56,7 +57,7 @@ async def serve(config: ExecutorConfig) -> int:
 
     A signal drains: the scheduler is told and closes its stream. A second one ends at once.
     Prints one line, `listening on HOST:PORT`, once the server is up and before the load.
-    Raises ListenError where the address cannot be had.
+    Raises ListenError where the address cannot be had, ConfigError where the certificate cannot.
     """
     loop = asyncio.get_running_loop()
     compute, load = ComputeThread(), LoadStatus()
@@ -87,14 +88,17 @@ async def serve(config: ExecutorConfig) -> int:
     await health.set("", HealthCheckResponse.SERVING)
     await health.set(SERVICE_NAME, HealthCheckResponse.NOT_SERVING)
     try:
-        port = server.add_insecure_port(config.listen)
+        if config.tls_cert is None:
+            port = server.add_insecure_port(config.listen)
+        else:
+            port = server.add_secure_port(config.listen, server_credentials(config))
     except RuntimeError:
         raise ListenError(
             f"cannot listen on {config.listen}: choose another --listen address or port 0"
         ) from None
     await server.start()
     print(f"listening on {config.listen.rpartition(':')[0]}:{port}", flush=True)  # noqa: T201
-    if not config.is_loopback:
+    if not config.is_loopback and config.tls_client_ca is None:
         _log.warning("insecure_listen", listen=config.listen, detail="peers are not authenticated")
 
     for signum in (signal.SIGTERM, signal.SIGINT):

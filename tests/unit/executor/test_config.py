@@ -24,6 +24,9 @@ def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
     values = {
         "model": "m",
         "listen": "0.0.0.0:1",
+        "tls_cert": "cert.pem",
+        "tls_key": "key.pem",
+        "tls_client_ca": "ca.pem",
         "insecure": "true",
         "dtype": "float32",
         "kv_cache_dtype": "fp8",
@@ -120,6 +123,11 @@ def test_all_bad_settings_are_told_at_once() -> None:
         (["--listen", "0.0.0.0:1"], "--insecure"),
         (["--listen", "example.org:1"], "--insecure"),
         (["--listen", "[::]:1"], "--insecure"),
+        (["--listen", "[::]:1"], "--tls-cert, --tls-key and --tls-client-ca"),
+        (["--listen", "[::]:1", "--tls-cert", "c", "--tls-key", "k"], "--tls-client-ca"),
+        (["--tls-cert", "c"], "--tls-key"),
+        (["--tls-key", "k"], "--tls-cert"),
+        (["--tls-client-ca", "a"], "--tls-cert"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(argv: list[str], reason: str) -> None:
@@ -148,6 +156,12 @@ def test_a_gpu_has_larger_defaults_and_the_operator_the_last_word() -> None:
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:1", "[::1]:1", "127.9.9.9:1"])
 def test_loopback_needs_no_permission(listen: str) -> None:
     assert parse_config(["--model", "m", "--listen", listen], {}).listen == listen
+
+
+def test_another_machine_may_connect_with_a_certificate() -> None:
+    flags = ["--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "a"]
+    config = parse_config(["--model", "m", "--listen", "0.0.0.0:1", *flags], {})
+    assert not config.insecure
 
 
 def test_a_usage_error_exits_with_2_and_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:

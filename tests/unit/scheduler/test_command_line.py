@@ -7,6 +7,8 @@ from stepwire_scheduler.command_line import parse_config
 from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.errors import ConfigError
 
+TLS = ("--tls-cert", "c", "--tls-key", "k")
+
 
 def test_only_the_model_is_required() -> None:
     assert parse_config(["--model", "m"], {}) == SchedulerConfig(model="m")
@@ -55,6 +57,23 @@ def test_groups_that_stand_by_are_repeated_or_separated_by_semicolons() -> None:
         (["--model", "m", "--listen", "127.0.0.1:70000"], "HOST:PORT"),
         (["--model", "m", "--listen", "0.0.0.0:50051"], "--insecure"),
         (["--model", "m", "--metrics-listen", "[::]:9464"], "--insecure"),
+        (["--model", "m", "--listen", "[::]:1"], "--tls-cert and --tls-key"),
+        (["--model", "m", "--listen", "[::]:1"], "--auth-tokens-file or --tls-client-ca"),
+        (["--model", "m", "--listen", "[::]:1", *TLS], "--auth-tokens-file or --tls-client-ca"),
+        (
+            ["--model", "m", "--listen", "[::]:1", "--auth-tokens-file", "t"],
+            "--tls-cert and --tls-key",
+        ),
+        (["--model", "m", "--metrics-listen", "[::]:1", *TLS], "--insecure"),
+        (["--model", "m", "--tls-cert", "c"], "--tls-key"),
+        (["--model", "m", "--tls-key", "k"], "--tls-cert"),
+        (["--model", "m", "--tls-client-ca", "a"], "--tls-cert"),
+        (["--model", "m", "--executor-tls-cert", "c"], "--executor-tls-key"),
+        (
+            ["--model", "m", "--executor-tls-cert", "c", "--executor-tls-key", "k"],
+            "--executor-tls-ca",
+        ),
+        (["--model", "m", "--executor-tls-server-name", "n"], "--executor-tls-ca"),
         (["--model", "m", "--executor", ""], "--executor"),
         (["--model", "m", "--executor", "nowhere"], "HOST:PORT"),
         (["--model", "m", "--unknown"], "--unknown"),
@@ -76,6 +95,12 @@ def test_a_bad_variable_is_named_as_such() -> None:
 def test_other_machines_are_allowed_where_told_so() -> None:
     config = parse_config(["--model", "m", "--listen", "0.0.0.0:50051", "--insecure"], {})
     assert config.listen == "0.0.0.0:50051"
+
+
+@pytest.mark.parametrize("flag", ["--auth-tokens-file", "--tls-client-ca"])
+def test_other_machines_are_allowed_with_encryption_and_authentication(flag: str) -> None:
+    config = parse_config(["--model", "m", "--listen", "0.0.0.0:50051", *TLS, flag, "f"], {})
+    assert not config.insecure
 
 
 def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,11 @@ def test_retry_info_is_there_exactly_where_a_retry_can_help() -> None:
             for detail in to_rpc_status(example(kind)).details
         )
     }
-    assert retried == {errors.QueueFullError, *all_kinds(errors.UnavailableError)}
+    assert retried == {
+        errors.QueueFullError,
+        errors.QuotaExceededError,
+        *all_kinds(errors.UnavailableError),
+    }
 
 
 def test_the_largest_status_fits_into_metadata() -> None:
