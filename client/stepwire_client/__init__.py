@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepwire_client.aio import AsyncClient, AsyncGenerationStream
     from stepwire_client.client import Client, GenerationStream, PendingGeneration
+    from stepwire_client.credentials import Credentials
     from stepwire_client.errors import StepwireError
     from stepwire_client.events import (
         Choice,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "aio": ("AsyncClient", "AsyncGenerationStream"),
     "client": ("Client", "GenerationStream", "PendingGeneration"),
+    "credentials": ("Credentials",),
     "errors": ("StepwireError",),
     "events": (
         "Choice",
@@ -71,6 +73,7 @@ __all__ = [
     "Client",
     "ClusterConfig",
     "Completed",
+    "Credentials",
     "Event",
     "FinishReason",
     "Generation",

@@ -15,6 +15,7 @@ from stepwire.scheduler.v1 import generation_pb2_grpc as pb_grpc
 
 from stepwire_client import conversion, readiness
 from stepwire_client.client import CHANNEL_OPTIONS, DEFAULT_ADDRESS, new_request_id
+from stepwire_client.credentials import NO_CREDENTIALS, Credentials
 from stepwire_client.errors import RequestCancelledError, UnavailableError
 from stepwire_client.events import Event, Generation, ModelInfo
 from stepwire_client.params import ChatMessage, Prompt, SamplingParams
@@ -81,12 +82,21 @@ class AsyncClient:
     """Speaks to one scheduler from one event loop."""
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, channel: grpc.aio.Channel | None = None
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        credentials: Credentials = NO_CREDENTIALS,
+        channel: grpc.aio.Channel | None = None,
     ) -> None:
-        """Connect lazily to host:port; a channel of your own (TLS, interceptors) is not closed."""
+        """Connect lazily to host:port.
+
+        credentials: TLS and token. A channel of your own is not closed, and takes only the token.
+        Raises SettingError where a file cannot be used, or the token would be shown to others.
+        """
         self.address = address
         self._owns_channel = channel is None
-        self._channel = channel or grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = channel or _open_channel(address, credentials)
+        self._metadata = credentials.metadata
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
 
     async def generate(
@@ -119,7 +129,9 @@ class AsyncClient:
         """Generate and iterate over events as they happen; iteration raises RpcError."""
         request_id = request_id or new_request_id()
         message = conversion.to_input(prompt, params, request_id=request_id, priority=priority)
-        call = self._stub.GenerateStream(pb.GenerateStreamRequest(input=message), timeout=timeout_s)
+        call = self._stub.GenerateStream(
+            pb.GenerateStreamRequest(input=message), timeout=timeout_s, metadata=self._metadata
+        )
         return AsyncGenerationStream(call, request_id=request_id, address=self.address)
 
     async def cancel(self, *request_ids: str, timeout_s: float | None = 10.0) -> list[str]:
@@ -202,6 +214,14 @@ class AsyncClient:
         timeout_s: float | None,
     ) -> _Response:
         try:
-            return await method(request, timeout=timeout_s)
+            return await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_from_rpc(error, address=self.address) from None
+
+
+def _open_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
+    credentials.check(address)
+    if not credentials.is_encrypted:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, *credentials.channel_options)
+    return grpc.aio.secure_channel(address, credentials.channel_credentials(), options=options)

@@ -13,6 +13,7 @@ from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire.scheduler.v1 import generation_pb2_grpc as pb_grpc
 
 from stepwire_client import conversion, readiness
+from stepwire_client.credentials import NO_CREDENTIALS, Credentials
 from stepwire_client.errors import RequestCancelledError, UnavailableError
 from stepwire_client.events import Event, Generation, ModelInfo
 from stepwire_client.params import ChatMessage, Prompt, SamplingParams
@@ -116,12 +117,21 @@ class Client:
     """Speaks to one scheduler; safe to share between threads."""
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, channel: grpc.Channel | None = None
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        credentials: Credentials = NO_CREDENTIALS,
+        channel: grpc.Channel | None = None,
     ) -> None:
-        """Connect lazily to host:port; a channel of your own (TLS, interceptors) is not closed."""
+        """Connect lazily to host:port.
+
+        credentials: TLS and token. A channel of your own is not closed, and takes only the token.
+        Raises SettingError where a file cannot be used, or the token would be shown to others.
+        """
         self.address = address
         self._owns_channel = channel is None
-        self._channel = channel or grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = channel or _open_channel(address, credentials)
+        self._metadata = credentials.metadata
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
 
     def generate(
@@ -150,7 +160,9 @@ class Client:
         """Start a generation and return without waiting for it."""
         request_id = request_id or new_request_id()
         message = conversion.to_input(prompt, params, request_id=request_id, priority=priority)
-        call = self._stub.Generate.future(pb.GenerateRequest(input=message), timeout=timeout_s)
+        call = self._stub.Generate.future(
+            pb.GenerateRequest(input=message), timeout=timeout_s, metadata=self._metadata
+        )
         return PendingGeneration(call, request_id=request_id, address=self.address)
 
     def stream(
@@ -165,7 +177,9 @@ class Client:
         """Generate and iterate over events as they happen; iteration raises RpcError."""
         request_id = request_id or new_request_id()
         message = conversion.to_input(prompt, params, request_id=request_id, priority=priority)
-        call = self._stub.GenerateStream(pb.GenerateStreamRequest(input=message), timeout=timeout_s)
+        call = self._stub.GenerateStream(
+            pb.GenerateStreamRequest(input=message), timeout=timeout_s, metadata=self._metadata
+        )
         return GenerationStream(call, request_id=request_id, address=self.address)
 
     def cancel(self, *request_ids: str, timeout_s: float | None = 10.0) -> list[str]:
@@ -246,7 +260,7 @@ class Client:
         timeout_s: float | None,
     ) -> _Response:
         try:
-            return method(request, timeout=timeout_s)
+            return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_from_rpc(error, address=self.address) from None
 
@@ -254,3 +268,11 @@ class Client:
 def new_request_id() -> str:
     """A fresh id, made by the client so that the request can be cancelled from elsewhere."""
     return uuid.uuid4().hex
+
+
+def _open_channel(address: str, credentials: Credentials) -> grpc.Channel:
+    credentials.check(address)
+    if not credentials.is_encrypted:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, *credentials.channel_options)
+    return grpc.secure_channel(address, credentials.channel_credentials(), options=options)

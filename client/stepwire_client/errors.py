@@ -8,6 +8,8 @@ StepwireError
 │   ├── UnavailableError          no server, still loading, or draining; retry_after_s
 │   ├── DeadlineExceededError     the call's time is up
 │   ├── RequestCancelledError     the caller ended the call
+│   ├── AuthenticationError       the server wants a token, or another one
+│   ├── TlsError                  client and server do not trust each other's certificates
 │   ├── AbortedError              the server gave the request up; it may be sent again
 │   └── ServerError               anything else: a fault of the server
 ├── ModelError                    a model cannot be had
@@ -91,6 +93,14 @@ class DeadlineExceededError(RpcError):
 
 class RequestCancelledError(RpcError):
     """The caller ended the call."""
+
+
+class AuthenticationError(RpcError):
+    """The server wants a token, or another one."""
+
+
+class TlsError(RpcError):
+    """No connection stands that both sides trust; waiting does not help."""
 
 
 class AbortedError(RpcError):

@@ -22,7 +22,22 @@ ERRORS: dict[grpc.StatusCode, type[errors.RpcError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
     grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
     grpc.StatusCode.ABORTED: errors.AbortedError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.AuthenticationError,
 }
+
+_TLS_FAULTS = {
+    "certificate has expired": "the certificate of {address} has expired: its operator must "
+    "issue a new one",
+    "Hostname Verification": "the certificate of {address} is for other names: use the name that "
+    "it has, or give it as --tls-server-name (tls_server_name)",
+    "CERTIFICATE_VERIFY_FAILED": "the certificate of {address} is not signed by a CA that is "
+    "trusted: give the cluster's with --tls-ca FILE (tls_ca)",
+    "WRONG_VERSION_NUMBER": "the server at {address} speaks plain text: drop --tls, --tls-ca and "
+    "the like, or start it with --tls-cert",
+    "security handshaker": "--tls-ca (tls_ca), --tls-cert or --tls-key holds no usable "
+    "certificate or key",
+}
+"""Signs in gRPC's texts, the more telling first, and what to do."""
 
 
 def error_from_rpc(status: grpc.RpcError, *, address: str) -> errors.RpcError:
@@ -44,7 +59,22 @@ def error_from_rpc(status: grpc.RpcError, *, address: str) -> errors.RpcError:
             reason = detail.reason
     error_type = ERRORS.get(code, errors.ServerError)
     if code is grpc.StatusCode.UNAVAILABLE and not reason and _is_transport(message):
-        message = f"no server answers at {address}: start one with `stepwire serve MODEL`"
+        fault = next((text for sign, text in _TLS_FAULTS.items() if sign in message), None)
+        if fault is not None:
+            error_type, message = errors.TlsError, fault.format(address=address)
+        elif any(sign in message for sign in ("Socket closed", "Connection reset")):
+            # Accepted and closed before a word; one that ends just now looks the same.
+            message = (
+                f"the server at {address} ends the connection: if it wants TLS, give --tls-ca FILE "
+                "(tls_ca); if it wants a certificate, --tls-cert and --tls-key"
+            )
+        else:
+            message = f"no server answers at {address}: start one with `stepwire serve MODEL`"
+    elif code is grpc.StatusCode.UNAUTHENTICATED:
+        message = (
+            f"the server at {address} wants a valid token: set STEPWIRE_TOKEN, or give --token "
+            "(token); its operator makes one with `stepwire token new TENANT`"
+        )
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         message = f"the server at {address} does not speak stepwire.scheduler.v1"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message in ("", "Deadline Exceeded"):

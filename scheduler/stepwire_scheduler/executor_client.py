@@ -79,6 +79,7 @@ class ExecutorGroup:
         self._plan_log = plan_log
         self._addresses = tuple(addresses)
         self._tls = tls
+        self._has_answered = False
         self._connect()
 
     def _connect(self) -> None:
@@ -106,19 +107,20 @@ class ExecutorGroup:
         trust.
         """
         try:
-            return list(
-                await asyncio.gather(
-                    *(
-                        stub.Describe(executor_pb2.DescribeRequest(), timeout=_DESCRIBE_TIMEOUT_S)
-                        for stub in self._stubs
-                    )
+            descriptions = await asyncio.gather(
+                *(
+                    stub.Describe(executor_pb2.DescribeRequest(), timeout=_DESCRIBE_TIMEOUT_S)
+                    for stub in self._stubs
                 )
             )
         except grpc.aio.AioRpcError as error:
             await self._renew()
-            if fault := describe_tls_fault(error.details() or ""):
+            details, has_connected = error.details() or "", self._has_answered
+            if fault := describe_tls_fault(details, has_connected=has_connected):
                 raise ExecutorTlsError(f"an executor cannot be reached: {fault}") from error
             raise PlanStreamError(f"no answer: {error.code().name}") from error
+        self._has_answered = True
+        return list(descriptions)
 
     async def _renew(self) -> None:
         """Connect anew where the certificates have changed; what fails stays as it is."""

@@ -25,9 +25,6 @@ _FAULTS = {
     "--executor, or give --executor-tls-server-name",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by --executor-tls-ca",
     "WRONG_VERSION_NUMBER": "it speaks plain text: give it --tls-cert, or drop --executor-tls-ca",
-    # Before any answer: a server that wants TLS, or a certificate, ends the connection like this.
-    "failed to connect to all addresses; last error: UNAVAILABLE": "it ends the connection: it "
-    "wants TLS (--executor-tls-ca), or another certificate (--executor-tls-cert)",
 }
 """Signs in gRPC's texts, the more telling first."""
 
@@ -188,11 +185,22 @@ def executor_tls(config: SchedulerConfig) -> ChannelTls | None:
     return None if files is None else ChannelTls(files, config.executor_tls_server_name)
 
 
-def describe_tls_fault(details: str) -> str:
-    """What gRPC's text of a failed connection says of certificates; "" where it is nothing."""
+def describe_tls_fault(details: str, *, has_connected: bool) -> str:
+    """What gRPC's text of a failed connection says of certificates; "" where it is nothing.
+
+    has_connected: whether the same flags have led to a connection before.
+    """
     for sign, fault in _FAULTS.items():
         if sign in details:
             return fault
+    is_closed = any(sign in details for sign in ("Socket closed", "Connection reset"))
+    if is_closed and "failed to connect" in details and not has_connected:
+        # A server that wants TLS, or a certificate, ends connections before a word, and one that
+        # dies does too.
+        return (
+            "it ends the connection: it wants TLS (--executor-tls-ca) or another certificate "
+            "(--executor-tls-cert)"
+        )
     return ""
 
 
