@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -62,6 +63,16 @@ class ClusterConfig:
     """Where the scheduler listens; port 0 takes a free one."""
     metrics_listen: str | None = None
     """Where the scheduler serves Prometheus metrics; None: nowhere."""
+    tls_cert: Path | None = None
+    """Certificate that the scheduler shows its clients."""
+    tls_key: Path | None = None
+    """Its private key."""
+    tls_client_ca: Path | None = None
+    """CAs of the certificates that clients must bring."""
+    auth_tokens_file: Path | None = None
+    """Tenants and the hashes of their tokens; calls without one are refused."""
+    max_requests_per_tenant: int | None = None
+    """Requests of one tenant, queued or running."""
     insecure: bool = False
     """Lets the scheduler listen beyond loopback, unencrypted."""
     enable_reflection: bool = False
@@ -104,16 +115,34 @@ class ClusterConfig:
             arguments += ["--master-address", master_address]
         return arguments
 
-    def scheduler_arguments(self, *, executor: str) -> list[str]:
-        """Flags of the scheduler process; limits that the executor knows come from there."""
+    def is_protected(self, environ: Mapping[str, str]) -> bool:
+        """Whether the scheduler asks its clients for TLS or a token; environ: what it inherits."""
+        names = ("tls_cert", "auth_tokens_file")
+        return any(
+            getattr(self, name) is not None or f"STEPWIRE_SCHEDULER_{name.upper()}" in environ
+            for name in names
+        )
+
+    def scheduler_arguments(self, *, executor: str, local_socket: Path | None = None) -> list[str]:
+        """Flags of the scheduler process; limits that the executor knows come from there.
+
+        local_socket: where this process reaches it without credentials.
+        """
         names = (
             "served_model_name",
             "scheduling_policy",
             "max_inflight_steps",
             "metrics_listen",
+            "tls_cert",
+            "tls_key",
+            "tls_client_ca",
+            "auth_tokens_file",
+            "max_requests_per_tenant",
         )
         arguments = ["--model", str(self.model), "--executor", executor]
         arguments += ["--listen", self.listen, *self._flags(names)]
+        if local_socket is not None:
+            arguments += ["--local-socket", str(local_socket)]
         if self.enable_prefix_caching is not None:
             no = "" if self.enable_prefix_caching else "no-"
             arguments.append(f"--{no}enable-prefix-caching")

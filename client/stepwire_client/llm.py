@@ -83,7 +83,7 @@ class LLM:
         self.cluster = LocalCluster(config).start()
         try:
             self.model_info = self.cluster.wait_until_ready(ready_timeout_s, on_progress)
-            self.client = Client(self.cluster.address)
+            self.client = Client(self.cluster.local_address)
         except BaseException:
             self.cluster.stop()
             raise

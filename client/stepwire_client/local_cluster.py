@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ after which the model is loaded ends the row."""
 MAX_LOGS = 20
 """Folders of logs that are kept."""
 POLL_INTERVAL_S = 0.05
+SOCKET_NAME = "scheduler.sock"
 
 __all__ = ["ClusterConfig", "LocalCluster"]
 
@@ -56,6 +58,7 @@ class LocalCluster:
         self.log_dir = new_log_dir()
         self._on_event = on_event or (lambda line: None)
         self._address: str | None = None
+        self._socket_dir: Path | None = None
         self._error: ClusterError | None = None
         self._is_up = threading.Event()
         self._was_ready = threading.Event()
@@ -74,6 +77,12 @@ class LocalCluster:
         if self._address is None:
             raise ClusterError("the cluster is not started: call start(), or use it in a `with`")
         return self._address
+
+    @property
+    def local_address(self) -> str:
+        """Where this user reaches the scheduler without TLS or a token."""
+        address = self.address  # raises where there is none
+        return address if self._socket_dir is None else f"unix:{self._socket_dir / SOCKET_NAME}"
 
     @property
     def pids(self) -> dict[str, int]:
@@ -111,7 +120,7 @@ class LocalCluster:
 
         deadline = time.monotonic() + timeout_s
         last: ModelInfo | None = None
-        with Client(self.address) as client:
+        with Client(self.local_address) as client:
             while time.monotonic() < deadline:
                 self.raise_if_failed()
                 try:
@@ -173,6 +182,8 @@ class LocalCluster:
             if scheduler := self._processes.get("scheduler"):
                 scheduler.stop(self.config.stop_timeout_s, self._hurry)
             self._stop_executors(self.config.stop_timeout_s)
+            if self._socket_dir is not None:
+                shutil.rmtree(self._socket_dir, ignore_errors=True)
             self._is_up.set()
 
     @property
@@ -191,7 +202,14 @@ class LocalCluster:
             if address is None:
                 return
             self._executor_addresses.append(address)
-        arguments = self.config.scheduler_arguments(executor=",".join(self._executor_addresses))
+        local_socket = None
+        if self.config.is_protected(os.environ):
+            # Not in log_dir: paths of sockets may have no more than about 100 characters.
+            self._socket_dir = Path(tempfile.mkdtemp(prefix="stepwire-"))  # for this user only
+            local_socket = self._socket_dir / SOCKET_NAME
+        arguments = self.config.scheduler_arguments(
+            executor=",".join(self._executor_addresses), local_socket=local_socket
+        )
         scheduler = ManagedProcess(
             "scheduler",
             [*self.config.scheduler_command, *arguments],

@@ -23,6 +23,8 @@ COMMANDS = {
     "bench": "Measure latency and throughput of a running server.",
     "pull": "Fetch a known model into the cache.",
     "plan": "Show the memory that a model needs, without loading it.",
+    "token": "Make a token for a client of a server that asks for one.",
+    "certs": "Make certificates for a private cluster.",
 }
 
 

@@ -14,6 +14,7 @@ from stepwire_client.aio import AsyncClient
 from stepwire_client.benchmark.load import measure, run_load
 from stepwire_client.benchmark.summary import DEFINITIONS, parse_goodput, summarise
 from stepwire_client.benchmark.workload import WorkItem, random_workload, read_workload
+from stepwire_client.cli.options import ConnectionOptions
 from stepwire_client.cli.screen import PhaseProgress
 from stepwire_client.client import DEFAULT_ADDRESS
 from stepwire_client.errors import SettingError, StepwireError
@@ -38,6 +39,7 @@ def bench(
     goodput: list[str] | None = None,
     timeout_s: float = 600.0,
     save_result: Path | None = None,
+    connection: ConnectionOptions | None = None,
 ) -> None:
     """Measure latency and throughput of a running server, as its clients see them.
 
@@ -77,6 +79,7 @@ def bench(
     _check("max-concurrency", max_concurrency is None or max_concurrency > 0, "must be at least 1")
     _check("request-rate", request_rate is None or request_rate > 0, "must be above 0")
     targets = parse_goodput(goodput or ())
+    credentials = (connection or ConnectionOptions()).to_credentials()
 
     def workload_for(model: ModelInfo) -> list[WorkItem]:
         if dataset != "random":
@@ -96,7 +99,7 @@ def bench(
         )
 
     async def run() -> tuple[ModelInfo, dict[str, Any]]:
-        async with AsyncClient(address) as client:
+        async with AsyncClient(address, credentials=credentials) as client:
             # Asked at once, so that a server that is not there is not waited for.
             model = await client.get_model()
             with PhaseProgress() as progress:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from stepwire_client.cli.options import (
     DEFAULT_MODEL,
     ClusterOptions,
+    ConnectionOptions,
     SamplingOptions,
     settings_in_force,
 )
 from stepwire_client.cli.screen import banner, closing_line, note
 from stepwire_client.cli.session import own_cluster
 from stepwire_client.cli.streaming import stream_answer
+from stepwire_client.credentials import Credentials
 from stepwire_client.errors import InvalidArgumentError
 from stepwire_client.params import ChatMessage, SamplingParams
 
@@ -32,6 +34,7 @@ def chat(
     system: str | None = None,
     sampling: SamplingOptions | None = None,
     cluster: ClusterOptions | None = None,
+    connection: ConnectionOptions | None = None,
 ) -> None:
     """Talk to a model, line by line.
 
@@ -46,13 +49,16 @@ def chat(
     """
     params = (sampling or SamplingOptions()).to_params()
     opening = [ChatMessage("system", system)] if system is not None else []
-    with _connected(address, model, cluster or ClusterOptions()) as client:
+    credentials = (connection or ConnectionOptions()).to_credentials()
+    with _connected(address, credentials, model, cluster or ClusterOptions()) as client:
         note(HELP)
         talk(client, params, opening)
 
 
 @contextlib.contextmanager
-def _connected(address: str | None, model: str, options: ClusterOptions) -> Iterator[Client]:
+def _connected(
+    address: str | None, credentials: Credentials, model: str, options: ClusterOptions
+) -> Iterator[Client]:
     if address is None:
         banner(settings_in_force(model, options))
         with own_cluster(model, options) as client:
@@ -60,7 +66,7 @@ def _connected(address: str | None, model: str, options: ClusterOptions) -> Iter
         return
     from stepwire_client.client import Client
 
-    with Client(address) as client:
+    with Client(address, credentials=credentials) as client:
         note(f"{client.get_model().model} at {address}")
         yield client
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from stepwire_client.cli.options import SamplingOptions
+from stepwire_client.cli.options import ConnectionOptions, SamplingOptions
 from stepwire_client.cli.screen import closing_line, note
 from stepwire_client.cli.streaming import stream_answer
 from stepwire_client.client import DEFAULT_ADDRESS, Client
@@ -16,6 +16,7 @@ def complete(
     *,
     address: str = DEFAULT_ADDRESS,
     sampling: SamplingOptions | None = None,
+    connection: ConnectionOptions | None = None,
 ) -> None:
     """Continue a text as it is, on a running server.
 
@@ -29,6 +30,10 @@ def complete(
         Of the scheduler, HOST:PORT.
     """
     params = (sampling or SamplingOptions()).to_params()
-    with Client(address) as client, client.stream(prompt, params, timeout_s=600.0) as stream:
+    credentials = (connection or ConnectionOptions()).to_credentials()
+    with (
+        Client(address, credentials=credentials) as client,
+        client.stream(prompt, params, timeout_s=600.0) as stream,
+    ):
         answer = stream_answer(stream, to=sys.stdout)
     note(closing_line(answer.completed.usage, answer.completed.timings, first_token_s=None))

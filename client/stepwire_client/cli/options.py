@@ -19,6 +19,7 @@ from stepwire_client.cluster_config import (
     LoadFormat,
     SchedulingPolicy,
 )
+from stepwire_client.credentials import Credentials
 from stepwire_client.params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -68,6 +69,31 @@ class ClusterOptions:
         """The cluster's configuration; more sets fields that are no options."""
         chosen = {field.name: getattr(self, field.name) for field in fields(self)}
         return ClusterConfig(model=model, **chosen, **more)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionOptions:
+    """How to reach a server that is protected."""
+
+    token: str | None = None
+    """Token that the server asks for; better in STEPWIRE_TOKEN, where other users do not see it."""
+    tls: Annotated[bool, Parameter(negative=())] = False
+    """Use TLS, and trust the CAs that this machine trusts."""
+    tls_ca: Path | None = None
+    """PEM file of the CAs to trust instead, as of a private cluster."""
+    tls_cert: Path | None = None
+    """PEM file of your certificate, where the server asks for one."""
+    tls_key: Path | None = None
+    """PEM file of its private key."""
+    tls_server_name: str | None = None
+    """Name in the server's certificate, where it is not the host of the address."""
+    insecure: Annotated[bool, Parameter(negative=())] = False
+    """Send the token in plain text to another machine."""
+
+    def to_credentials(self) -> Credentials:
+        """As clients take them."""
+        return Credentials(**{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 @Parameter(name="*")

@@ -14,6 +14,8 @@ from cyclopts import Parameter
 from stepwire_client.cli.options import DEFAULT_MODEL, ClusterOptions, settings_in_force
 from stepwire_client.cli.screen import PhaseProgress, banner, describe_model, note
 from stepwire_client.cli.session import fetch_model, served_name
+from stepwire_client.cluster_config import ClusterConfig
+from stepwire_client.credentials import is_local
 from stepwire_client.local_cluster import LocalCluster
 
 DRAIN_TIMEOUT_S = 35.0
@@ -27,6 +29,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 50051,
     metrics_port: int = 9464,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    tls_client_ca: Path | None = None,
+    auth_tokens_file: Path | None = None,
+    max_requests_per_tenant: int | None = None,
     insecure: Annotated[bool, Parameter(negative=())] = False,
     enable_reflection: Annotated[bool, Parameter(negative=())] = False,
     cluster: ClusterOptions | None = None,
@@ -42,7 +49,17 @@ def serve(
     port
         Of the scheduler; 0 takes a free one.
     metrics_port
-        Of Prometheus metrics over HTTP; 0 serves none.
+        Of Prometheus metrics over HTTP, on loopback unless --insecure; 0 serves none.
+    tls_cert
+        PEM file of the server's certificate; `stepwire certs` makes one.
+    tls_key
+        PEM file of its private key.
+    tls_client_ca
+        PEM file of CAs: clients must bring a certificate that one of them signed.
+    auth_tokens_file
+        File of tenants and the hashes of their tokens; `stepwire token new` makes its lines.
+    max_requests_per_tenant
+        Requests of one tenant, queued or running; 32 unless told otherwise.
     insecure
         Allow a host beyond loopback, without encryption or authentication.
     enable_reflection
@@ -51,11 +68,17 @@ def serve(
     options = cluster or ClusterOptions()
     banner(settings_in_force(model, options))
     path = fetch_model(model)
+    metrics_host = host if insecure or is_local(f"{host}:{metrics_port}") else "127.0.0.1"
     config = options.to_config(
         path,
         served_model_name=served_name(model),
         listen=f"{host}:{port}",
-        metrics_listen=f"{host}:{metrics_port}" if metrics_port else None,
+        metrics_listen=f"{metrics_host}:{metrics_port}" if metrics_port else None,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        auth_tokens_file=auth_tokens_file,
+        max_requests_per_tenant=max_requests_per_tenant,
         insecure=insecure,
         enable_reflection=enable_reflection,
         stop_timeout_s=DRAIN_TIMEOUT_S,
@@ -67,8 +90,8 @@ def serve(
         note(f"  {describe_model(info)}")
         note(f"serving {info.model} at {local_cluster.address}; logs: {local_cluster.log_dir}")
         if metrics_port:
-            note(f"metrics at http://{host}:{metrics_port}/metrics")
-        note(examples(local_cluster.address, enable_reflection=enable_reflection))
+            note(f"metrics at http://{metrics_host}:{metrics_port}/metrics")
+        note(examples(local_cluster.address, config))
         wants_end = _end_signals()
         while not local_cluster.wait(0.1):
             if wants_end.is_set():
@@ -77,7 +100,7 @@ def serve(
     note("stopped")
 
 
-def examples(address: str, *, enable_reflection: bool) -> str:
+def examples(address: str, config: ClusterConfig) -> str:
     """Lines to copy: a request by grpcurl, by Python and by this command line."""
     from stepwire.scheduler.v1 import generation_pb2
 
@@ -85,12 +108,28 @@ def examples(address: str, *, enable_reflection: bool) -> str:
     by_proto = f"-import-path {shlex.quote(str(protos))} -proto {generation_pb2.DESCRIPTOR.name} "
     body = '{"input":{"chat":{"messages":[{"role":"user","content":"Hello"}]}}}'
     method = "stepwire.scheduler.v1.GenerationService/GenerateStream"
+    grpcurl = "grpcurl -plaintext"
+    given: list[str] = []
+    if config.tls_cert is not None:
+        grpcurl, given = "grpcurl -cacert ca.pem", ["STEPWIRE_TLS_CA=ca.pem"]
+    if config.tls_client_ca is not None:
+        grpcurl += " -cert client.pem -key client-key.pem"
+        given += ["STEPWIRE_TLS_CERT=client.pem", "STEPWIRE_TLS_KEY=client-key.pem"]
+    if config.auth_tokens_file is not None:
+        grpcurl += ' -H "authorization: Bearer $STEPWIRE_TOKEN"'
+        given += ["STEPWIRE_TOKEN=..."]
+    if not config.enable_reflection:
+        grpcurl += f" {by_proto.rstrip()}"
+    names, credentials = "Client", ""
+    if given:
+        names += ", Credentials"
+        credentials = ", credentials=Credentials.from_environment()"
     return "\n".join(
         (
-            f"  grpcurl -plaintext {'' if enable_reflection else by_proto}-d '{body}' "
-            f"{address} {method}",
-            "  python -c 'from stepwire_client import Client; "
-            f'print(Client("{address}").generate("Hello").text)\'',
+            *([f"  export {' '.join(given)}"] if given else []),
+            f"  {grpcurl} -d '{body}' {address} {method}",
+            f"  python -c 'from stepwire_client import {names}; "
+            f'print(Client("{address}"{credentials}).generate("Hello").text)\'',
             f"  stepwire chat --address {address}",
         )
     )

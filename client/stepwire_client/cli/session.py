@@ -43,4 +43,4 @@ def own_cluster(model: str, options: ClusterOptions) -> Iterator[Client]:
         from stepwire_client.client import Client
 
         note(f"  {describe_model(info)}")
-        yield stack.enter_context(Client(cluster.address))
+        yield stack.enter_context(Client(cluster.local_address))

@@ -69,7 +69,11 @@ def configs(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> li
     def fake_cluster(config: ClusterConfig, **_: object) -> Iterator[SimpleNamespace]:
         configs.append(config)
         with Client(address) as client:
-            yield SimpleNamespace(address=address, wait_until_ready=client.wait_until_ready)
+            yield SimpleNamespace(
+                address=address,
+                local_address=address,
+                wait_until_ready=client.wait_until_ready,
+            )
 
     monkeypatch.setattr(session, "LocalCluster", fake_cluster)
     monkeypatch.chdir(tmp_path)
