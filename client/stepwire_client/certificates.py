@@ -81,15 +81,16 @@ def _authority(folder: Path, name: str) -> _Signed:
     if cert_path.exists() or key_path.exists():
         try:
             cert = x509.load_pem_x509_certificate(cert_path.read_bytes())
-            key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
+            kept = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
+            is_own = isinstance(kept, ec.EllipticCurvePrivateKey)
+            if is_own and kept.public_key() == cert.public_key():
+                return _Signed(cert, kept)
         except (OSError, ValueError, TypeError):
-            key = None
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != cert.public_key():
-            raise SettingError(
-                f"{cert_path} and {key_path} are not a CA of this command: move them away, or "
-                "name another folder"
-            )
-        return _Signed(cert, key)
+            pass
+        raise SettingError(
+            f"{cert_path} and {key_path} are not a CA of this command: move them away, or name "
+            "another folder"
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _name(f"stepwire {name}")
     builder = _builder(subject, subject, key, days=CA_DAYS).add_extension(

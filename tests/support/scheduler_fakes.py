@@ -22,6 +22,7 @@ from stepwire_scheduler.sequence import FinishReason, Request, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState
 from stepwire_scheduler.service import GenerationService
 from stepwire_scheduler.step_loop import StepLoop
+from stepwire_scheduler.tenants import Authenticator, TokensFile
 from stepwire_scheduler.tokenizer import Tokenizer, load_tokenizer
 from support.scheduler_tokenizers import write_tokenizer
 
@@ -142,6 +143,7 @@ class Harness:
 async def served(
     tokenizer: Tokenizer | None,
     step_loop: FakeStepLoop | None = None,
+    tokens: TokensFile | None = None,
     **settings: int,
 ) -> AsyncIterator[Harness]:
     """Serve on a free loopback port; settings override SchedulerConfig."""
@@ -153,7 +155,7 @@ async def served(
     if tokenizer is not None:
         service.set_tokenizer(tokenizer)
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", 1024 * 1024)])
-    add_generation_service(service, server)
+    add_generation_service(service, server, Authenticator(tokens, on_refused=metrics.on_rejected))
     health = HealthService({SERVICE_NAME: lambda: service.is_serving})
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     port = server.add_insecure_port("127.0.0.1:0")

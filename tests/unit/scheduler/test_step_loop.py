@@ -45,6 +45,7 @@ def request(
     *,
     request_id: str = "r",
     deadline_in_ms: float = 60_000,
+    tenant: str = "",
     **params: Any,
 ) -> Request:
     now = now_ms()
@@ -54,6 +55,7 @@ def request(
         sampling_params=SamplingParams(**({"max_tokens": 20} | params)),
         arrival_ms=now,
         deadline_ms=now + deadline_in_ms,
+        tenant=tenant,
     )
 
 
@@ -467,3 +469,38 @@ async def test_what_no_longer_fits_is_refused_and_ends_nothing_else() -> None:
             loop.submit(request(max_tokens=12))
         output = await read(loop.submit(request(max_tokens=11)))
         assert output[0] == expected_output([1, 2, 3, 4, 5], 11)
+
+
+async def test_tenants_have_request_ids_of_their_own() -> None:
+    executor = HashingExecutor(step_seconds=0.02)
+    async with served(executor) as port, looping(port) as loop:
+        await ready(loop)
+        alices = loop.submit(request((1, 2, 3), request_id="r", tenant="alice", max_tokens=200))
+        bobs = loop.submit(request((4, 5, 6), request_id="r", tenant="bob"))
+        with pytest.raises(DuplicateRequestError):
+            loop.submit(request(request_id="r", tenant="bob"))
+        assert (loop.num_requests_of("alice"), loop.num_requests_of("bob")) == (1, 1)
+        assert not loop.cancel("r", "eve")
+        assert not loop.cancel("r")
+        assert loop.cancel("r", "alice")
+        await read(alices)
+        assert await read(bobs) == {0: expected_output([4, 5, 6], 20)}
+        assert (loop.num_requests_of("alice"), loop.num_requests_of("bob")) == (0, 0)
+
+
+async def test_a_tenant_shares_prefixes_with_itself_and_with_nobody_else() -> None:
+    prompt = tuple(range(1, 40))
+
+    async def num_cached_tokens(loop: StepLoop, tenant: str) -> int:
+        stream = loop.submit(request(prompt, tenant=tenant, max_tokens=2))
+        await read(stream)
+        return stream.usage.num_cached_tokens
+
+    async with served(HashingExecutor()) as port, looping(port) as loop:
+        await ready(loop)
+        assert await num_cached_tokens(loop, "alice") == 0
+        own = await num_cached_tokens(loop, "alice")
+        assert own > 0
+        assert await num_cached_tokens(loop, "bob") == 0
+        assert await num_cached_tokens(loop, "") == 0
+        assert await num_cached_tokens(loop, "bob") == own
