@@ -82,8 +82,7 @@ def _authority(folder: Path, name: str) -> _Signed:
         try:
             cert = x509.load_pem_x509_certificate(cert_path.read_bytes())
             kept = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
-            is_own = isinstance(kept, ec.EllipticCurvePrivateKey)
-            if is_own and kept.public_key() == cert.public_key():
+            if isinstance(kept, ec.EllipticCurvePrivateKey) and _belongs(kept, cert):
                 return _Signed(cert, kept)
         except (OSError, ValueError, TypeError):
             pass
@@ -99,6 +98,10 @@ def _authority(folder: Path, name: str) -> _Signed:
     made = _Signed(_sign(builder, key, key, is_ca=True), key)
     _write(folder, name, made)
     return made
+
+
+def _belongs(key: ec.EllipticCurvePrivateKey, cert: x509.Certificate) -> bool:
+    return key.public_key() == cert.public_key()
 
 
 def _issue(ca: _Signed, name: str, hosts: Sequence[str], *, days: int) -> _Signed:
