@@ -388,3 +388,26 @@ def test_when_a_rank_ends_all_start_again_on_their_ports_with_a_store_of_their_o
     assert len(events) == 1
     assert "the executor-1 was killed" in events[0]
     assert "starting all executors again" in events[0]
+
+
+def test_a_protected_scheduler_is_reached_by_a_socket_of_its_own(
+    config: ClusterConfig, record: Path, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens"
+    with LocalCluster(replace(config, auth_tokens_file=tokens)) as cluster:
+        (arguments,) = starts(record, "scheduler")
+        assert arguments[arguments.index("--auth-tokens-file") + 1] == str(tokens)
+        socket_path = Path(arguments[arguments.index("--local-socket") + 1])
+        assert cluster.local_address == f"unix:{socket_path}"
+        assert socket_path.parent.stat().st_mode & 0o077 == 0
+    assert not socket_path.parent.exists()
+
+
+def test_what_protects_may_be_in_the_environment(
+    config: ClusterConfig, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LocalCluster(config) as cluster:
+        assert cluster.local_address == cluster.address
+    monkeypatch.setenv("STEPWIRE_SCHEDULER_TLS_CERT", "cert.pem")
+    with LocalCluster(config) as cluster:
+        assert cluster.local_address.startswith("unix:")

@@ -87,3 +87,37 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
         if isinstance(value, type) and issubclass(value, Exception)
     }
     assert defined <= named
+
+
+CONNECTING = "failed to connect to all addresses; last error: "
+
+
+@pytest.mark.parametrize(
+    ("details", "kind", "fix"),
+    [
+        ("UNKNOWN: Connection refused", errors.UnavailableError, "stepwire serve MODEL"),
+        ("UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed", errors.UnavailableError, "--tls-ca FILE"),
+        ("UNAVAILABLE: recvmsg:Connection reset", errors.UnavailableError, "--tls-cert and"),
+        ("CERTIFICATE_VERIFY_FAILED: unable to get local issuer", errors.TlsError, "--tls-ca FILE"),
+        (
+            "CERTIFICATE_VERIFY_FAILED: certificate has expired",
+            errors.TlsError,
+            "must issue a new one",
+        ),
+        ("Hostname Verification Check failed.", errors.TlsError, "--tls-server-name"),
+        ("SSL routines:OPENSSL_internal:WRONG_VERSION_NUMBER", errors.TlsError, "plain text"),
+        ("Failed to create security handshaker.", errors.TlsError, "no usable certificate or key"),
+    ],
+)
+def test_what_fails_before_a_word_is_said_names_its_fix(
+    details: str, kind: type[errors.RpcError], fix: str
+) -> None:
+    error = failure_of(grpc.StatusCode.UNAVAILABLE, CONNECTING + details)
+    assert type(error) is kind
+    assert fix in str(error)
+
+
+def test_a_refused_token_names_its_fix() -> None:
+    error = failure_of(grpc.StatusCode.UNAUTHENTICATED, "go away")
+    assert type(error) is errors.AuthenticationError
+    assert "STEPWIRE_TOKEN" in str(error)
