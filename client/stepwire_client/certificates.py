@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
 
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "scheduler", "executor")
-"""Names that servers' certificates always have; the last two are those of docker-compose.yml."""
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+"""Names that servers' certificates always have."""
+COMPOSE_HOSTS = ("scheduler", "executor-0", "executor-1", "executor-2", "executor-gpu")
+"""And those of the services of docker-compose.yml."""
 CA_DAYS = 3_650
 _CLOCK_SKEW = datetime.timedelta(hours=1)
 
@@ -61,7 +63,9 @@ def make_certificates(folder: Path, hosts: Sequence[str] = (), *, days: int = 36
         ca = _authority(folder, "ca")
         client_ca = _authority(folder, "client-ca")
         for name in ("scheduler", "executor"):
-            names = dict.fromkeys((*LOCAL_HOSTS, *_hosts_of(folder / f"{name}.pem"), *hosts))
+            names = dict.fromkeys(
+                (*LOCAL_HOSTS, *COMPOSE_HOSTS, *_hosts_of(folder / f"{name}.pem"), *hosts)
+            )
             _write(folder, name, _issue(ca, name, list(names), days=days))
         _write(folder, "client", _issue(client_ca, "client", (), days=days))
     except OSError as error:

@@ -67,6 +67,16 @@ class Metrics:
         )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._output_tokens = self._counter("output_tokens", "Tokens generated.")
+        # Their label takes only the names in --auth-tokens-file, never what a client sends.
+        self._tenant_requests = self._counter(
+            "tenant_requests_finished", "Requests of a tenant that ended.", "tenant"
+        )
+        self._tenant_prompt_tokens = self._counter(
+            "tenant_prompt_tokens", "Prompt tokens of a tenant's ended requests.", "tenant"
+        )
+        self._tenant_output_tokens = self._counter(
+            "tenant_output_tokens", "Tokens generated for a tenant.", "tenant"
+        )
         self._preemptions = self._counter("preemptions", "Sequences that lost their blocks.")
         self._prefix_queries = self._counter(
             "prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache."
@@ -140,14 +150,23 @@ class Metrics:
         self._inter_token_seconds.observe(seconds)
 
     def on_finished(
-        self, reason: str, e2e_seconds: float, prompt_tokens: int, output_tokens: int
+        self,
+        reason: str,
+        e2e_seconds: float,
+        prompt_tokens: int,
+        output_tokens: int,
+        tenant: str = "",
     ) -> None:
-        """One request ended; output_tokens over all its sequences."""
+        """One request ended; output_tokens over all its sequences; tenant: "" is not counted."""
         self._finished.labels(reason).inc()
         self._duration_seconds.observe(e2e_seconds)
         self._prompt_tokens.inc(prompt_tokens)
         self._output_tokens.inc(output_tokens)
         self._request_output_tokens.observe(output_tokens)
+        if tenant:
+            self._tenant_requests.labels(tenant).inc()
+            self._tenant_prompt_tokens.labels(tenant).inc(prompt_tokens)
+            self._tenant_output_tokens.labels(tenant).inc(output_tokens)
 
     def on_preemption(self, num_sequences: int = 1) -> None:
         self._preemptions.inc(num_sequences)

@@ -174,7 +174,11 @@ class RunningRequests:
         stream.end(now_ms(), error)
         usage, timings = stream.usage, stream.timings
         self._metrics.on_finished(
-            reason.value, timings.e2e_ms / 1e3, usage.num_prompt_tokens, usage.num_output_tokens
+            reason.value,
+            timings.e2e_ms / 1e3,
+            usage.num_prompt_tokens,
+            usage.num_output_tokens,
+            stream.request.tenant,
         )
         log.info(
             "request ended",

@@ -76,6 +76,8 @@ async def serve(
     await server.start()
     stop_metrics = _serve_metrics(config, metrics)
     announce(address)
+    if config.insecure:
+        log.warning("ports beyond loopback may be open to anyone", flag="--insecure")
     log.info(
         "listening",
         address=address,

@@ -15,7 +15,7 @@ import pytest
 from cryptography import x509
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_client import AsyncClient, Client, Credentials
-from stepwire_client.certificates import LOCAL_HOSTS, make_certificates
+from stepwire_client.certificates import COMPOSE_HOSTS, LOCAL_HOSTS, make_certificates
 from stepwire_client.cli.__main__ import main
 from stepwire_client.credentials import NO_CREDENTIALS, is_local
 from stepwire_client.errors import SettingError
@@ -155,7 +155,7 @@ def test_certificates_are_signed_by_the_ca_of_those_that_trust_them(tmp_path: Pa
     pairs_verify(tmp_path, "ca", "scheduler")
     pairs_verify(tmp_path, "ca", "executor")
     pairs_verify(tmp_path, "client-ca", "client")
-    expected = {*LOCAL_HOSTS, "llm.example.org", "10.0.0.7"}
+    expected = {*LOCAL_HOSTS, *COMPOSE_HOSTS, "llm.example.org", "10.0.0.7"}
     assert hosts_of(tmp_path / "scheduler.pem") == hosts_of(tmp_path / "executor.pem") == expected
     for key in tmp_path.glob("*-key.pem"):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600

@@ -101,3 +101,20 @@ def test_metrics_are_served_as_text_that_parses(metrics: Metrics) -> None:
         server.server_close()
     families = {family.name for family in text_string_to_metric_families(text)}
     assert {"stepwire_requests_running", "vllm:num_requests_running"} <= families
+
+
+def test_usage_is_counted_by_tenant_where_there_are_tenants() -> None:
+    metrics = Metrics("m")
+    metrics.on_finished("stop", 1.5, prompt_tokens=100, output_tokens=7, tenant="alice")
+    metrics.on_finished("stop", 1.5, prompt_tokens=10, output_tokens=3, tenant="alice")
+    metrics.on_finished("stop", 1.5, prompt_tokens=1, output_tokens=1)
+
+    def value(name: str, tenant: str) -> float | None:
+        return metrics.registry.get_sample_value(
+            f"stepwire_tenant_{name}_total", {"tenant": tenant}
+        )
+
+    assert value("requests_finished", "alice") == 2
+    assert value("prompt_tokens", "alice") == 110
+    assert value("output_tokens", "alice") == 10
+    assert value("requests_finished", "") is None

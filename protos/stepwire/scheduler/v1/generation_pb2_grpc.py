@@ -29,7 +29,9 @@ class GenerationServiceStub:
     """Generates text with the one model that the scheduler serves.
 
     Errors carry google.rpc details: BadRequest names every field at fault (INVALID_ARGUMENT),
-    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE).
+    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE). Where the server has tokens,
+    each call brings one as metadata "authorization: Bearer TOKEN", or it is UNAUTHENTICATED; then
+    request ids are the tenant's own, and so is what Cancel ends.
     """
 
     def __init__(self, channel):
@@ -74,7 +76,9 @@ class GenerationServiceServicer:
     """Generates text with the one model that the scheduler serves.
 
     Errors carry google.rpc details: BadRequest names every field at fault (INVALID_ARGUMENT),
-    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE).
+    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE). Where the server has tokens,
+    each call brings one as metadata "authorization: Bearer TOKEN", or it is UNAUTHENTICATED; then
+    request ids are the tenant's own, and so is what Cancel ends.
     """
 
     def Generate(self, request, context):
@@ -164,7 +168,9 @@ class GenerationService:
     """Generates text with the one model that the scheduler serves.
 
     Errors carry google.rpc details: BadRequest names every field at fault (INVALID_ARGUMENT),
-    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE).
+    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE). Where the server has tokens,
+    each call brings one as metadata "authorization: Bearer TOKEN", or it is UNAUTHENTICATED; then
+    request ids are the tenant's own, and so is what Cancel ends.
     """
 
     @staticmethod

@@ -30,7 +30,9 @@ class GenerationServiceStub:
     """Generates text with the one model that the scheduler serves.
 
     Errors carry google.rpc details: BadRequest names every field at fault (INVALID_ARGUMENT),
-    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE).
+    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE). Where the server has tokens,
+    each call brings one as metadata "authorization: Bearer TOKEN", or it is UNAUTHENTICATED; then
+    request ids are the tenant's own, and so is what Cancel ends.
     """
 
     @_typing.overload
@@ -55,7 +57,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates text with the one model that the scheduler serves.
 
     Errors carry google.rpc details: BadRequest names every field at fault (INVALID_ARGUMENT),
-    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE).
+    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE). Where the server has tokens,
+    each call brings one as metadata "authorization: Bearer TOKEN", or it is UNAUTHENTICATED; then
+    request ids are the tenant's own, and so is what Cancel ends.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -76,7 +80,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text with the one model that the scheduler serves.
 
     Errors carry google.rpc details: BadRequest names every field at fault (INVALID_ARGUMENT),
-    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE).
+    RetryInfo says when to come back (RESOURCE_EXHAUSTED, UNAVAILABLE). Where the server has tokens,
+    each call brings one as metadata "authorization: Bearer TOKEN", or it is UNAUTHENTICATED; then
+    request ids are the tenant's own, and so is what Cancel ends.
     """
 
     @_abc_1.abstractmethod
