@@ -204,6 +204,25 @@ def test_a_new_token_fits_the_line_that_is_printed_with_it(
     assert made[0] != made[1]
 
 
+def test_a_new_token_is_added_to_the_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens"
+    made = []
+    for tenant in ("alice", "bob", "alice"):
+        assert run(monkeypatch, "token", "new", tenant, "--tokens-file", str(path)) == 0
+        (token,) = capsys.readouterr().out.splitlines()
+        made.append((token, tenant))
+        if tenant == "bob":
+            path.write_text(path.read_text().rstrip())  # as editors leave it
+    tenants = parse_tokens(path.read_text(), default_max_requests=1)
+    assert {digest_of(token): tenant for token, tenant in made} == {
+        digest: tenant.name for digest, tenant in tenants.items()
+    }
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert run(monkeypatch, "token", "new", "alice", "--tokens-file", str(tmp_path)) == 2
+
+
 def test_commands_name_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
