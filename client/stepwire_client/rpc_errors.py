@@ -62,7 +62,7 @@ def error_from_rpc(status: grpc.RpcError, *, address: str) -> errors.RpcError:
         fault = next((text for sign, text in _TLS_FAULTS.items() if sign in message), None)
         if fault is not None:
             error_type, message = errors.TlsError, fault.format(address=address)
-        elif any(sign in message for sign in ("Socket closed", "Connection reset")):
+        elif "last error: " in message and not _is_unreachable(message):
             # Accepted and closed before a word; one that ends just now looks the same.
             message = (
                 f"the server at {address} ends the connection: if it wants TLS, give --tls-ca FILE "
@@ -91,6 +91,12 @@ def error_from_rpc(status: grpc.RpcError, *, address: str) -> errors.RpcError:
 def _is_transport(message: str) -> bool:
     """Whether gRPC's own text says that no connection stands; a server's text never does."""
     signs = ("failed to connect", "connection refused", "connection reset", "dns resolution")
+    return any(sign in message.lower() for sign in signs)
+
+
+def _is_unreachable(message: str) -> bool:
+    """Whether gRPC's text says that nobody accepted a connection."""
+    signs = ("remote host", "refused", "dns resolution", "timed out")
     return any(sign in message.lower() for sign in signs)
 
 

@@ -202,6 +202,7 @@ class Authenticator:
             if scheme.lower() == _SCHEME and (tenant := self._tokens.find(token)) is not None:
                 return tenant
         self._on_refused(UnauthenticatedError.reason)
+        log.info("call refused for want of a valid token", peer=peer)
         raise UnauthenticatedError(
             "the call needs a valid token, as metadata: authorization: Bearer TOKEN"
         )

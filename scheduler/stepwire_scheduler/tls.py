@@ -193,8 +193,11 @@ def describe_tls_fault(details: str, *, has_connected: bool) -> str:
     for sign, fault in _FAULTS.items():
         if sign in details:
             return fault
-    is_closed = any(sign in details for sign in ("Socket closed", "Connection reset"))
-    if is_closed and "failed to connect" in details and not has_connected:
+    is_unreachable = any(
+        sign in details.lower()
+        for sign in ("remote host", "refused", "dns resolution", "timed out")
+    )
+    if "last error: " in details and not is_unreachable and not has_connected:
         # A server that wants TLS, or a certificate, ends connections before a word, and one that
         # dies does too.
         return (

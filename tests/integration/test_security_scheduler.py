@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -303,6 +304,16 @@ def test_what_is_too_large_is_refused_before_it_is_authenticated(secured: Secure
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         health = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+
+
+def test_peers_that_never_finish_a_handshake_keep_nobody_waiting(secured: Secured) -> None:
+    host, _, port = secured.address.rpartition(":")
+    with ExitStack() as stack:
+        for start in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", os.urandom(64)) * 8:
+            peer = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            peer.sendall(start)
+        with Client(secured.address, credentials=secured.credentials()) as client:
+            assert client.get_model(timeout_s=10).model == "tiny"
 
 
 def test_reflection_is_off_unless_asked_for(secured: Secured) -> None:

@@ -14,9 +14,10 @@ import grpc_testing
 import pytest
 from cryptography import x509
 from stepwire.scheduler.v1 import generation_pb2 as pb
-from stepwire_client import AsyncClient, Client, Credentials
+from stepwire_client import AsyncClient, Client, ClusterConfig, Credentials
 from stepwire_client.certificates import COMPOSE_HOSTS, LOCAL_HOSTS, make_certificates
 from stepwire_client.cli.__main__ import main
+from stepwire_client.cli.serve import examples
 from stepwire_client.credentials import NO_CREDENTIALS, is_local
 from stepwire_client.errors import SettingError
 from stepwire_scheduler.tenants import digest_of, parse_tokens
@@ -235,3 +236,25 @@ def test_commands_name_what_is_wrong(
     assert "cannot be a tenant" in lines[0]
     assert "--days" in lines[1]
     assert "pip install 'stepwire[certs]'" in lines[2]
+
+
+def test_a_protected_server_is_announced_with_what_its_clients_need() -> None:
+    plain = ClusterConfig(model=Path("m"), enable_reflection=True)
+    shown = examples("127.0.0.1:1", plain)
+    assert "grpcurl -plaintext -d" in shown
+    assert "STEPWIRE_" not in shown
+    protected = ClusterConfig(
+        model=Path("m"),
+        tls_cert=Path("c"),
+        tls_key=Path("k"),
+        tls_client_ca=Path("a"),
+        auth_tokens_file=Path("t"),
+    )
+    shown = examples("127.0.0.1:1", protected)
+    assert "-plaintext" not in shown
+    assert "grpcurl -cacert ca.pem -cert client.pem -key client-key.pem" in shown
+    assert '-H "authorization: Bearer $STEPWIRE_TOKEN"' in shown
+    assert "credentials=Credentials.from_environment()" in shown
+    (exported,) = [line for line in shown.splitlines() if "export " in line]
+    variables = dict(word.split("=") for word in exported.split()[1:])
+    Credentials.from_environment(variables).check("10.0.0.1:1")

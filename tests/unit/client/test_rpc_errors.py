@@ -98,6 +98,12 @@ CONNECTING = "failed to connect to all addresses; last error: "
         ("UNKNOWN: Connection refused", errors.UnavailableError, "stepwire serve MODEL"),
         ("UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed", errors.UnavailableError, "--tls-ca FILE"),
         ("UNAVAILABLE: recvmsg:Connection reset", errors.UnavailableError, "--tls-cert and"),
+        ("UNAVAILABLE: sendmsg: Broken pipe", errors.UnavailableError, "--tls-cert and"),
+        (
+            "UNKNOWN: Failed to connect to remote host: connect: No route to host",
+            errors.UnavailableError,
+            "stepwire serve MODEL",
+        ),
         ("CERTIFICATE_VERIFY_FAILED: unable to get local issuer", errors.TlsError, "--tls-ca FILE"),
         (
             "CERTIFICATE_VERIFY_FAILED: certificate has expired",

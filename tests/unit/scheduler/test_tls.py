@@ -18,6 +18,7 @@ from stepwire_scheduler.tls import (
     ChannelTls,
     TlsFiles,
     check_tls_files,
+    describe_tls_fault,
     executor_tls,
     port_files,
     server_credentials,
@@ -197,3 +198,27 @@ def test_connections_to_executors_see_that_their_files_have_changed(
 
 def test_executors_are_spoken_to_in_plain_text_unless_told_otherwise() -> None:
     assert executor_tls(SchedulerConfig(model="m")) is None
+
+
+@pytest.mark.parametrize(
+    ("details", "fault"),
+    [
+        ("certificate has expired", "expired"),
+        ("Hostname Verification Check failed.", "--executor-tls-server-name"),
+        ("CERTIFICATE_VERIFY_FAILED: unable to get local issuer", "not signed by"),
+        ("WRONG_VERSION_NUMBER", "plain text"),
+        ("UNAVAILABLE: ipv4:10.0.0.1:1: Socket closed", "--executor-tls-cert"),
+        ("UNAVAILABLE: ipv4:10.0.0.1:1: Broken pipe", "--executor-tls-cert"),
+    ],
+)
+def test_what_fails_before_a_word_is_said_names_its_fix(details: str, fault: str) -> None:
+    text = "failed to connect to all addresses; last error: " + details
+    assert fault in describe_tls_fault(text, has_connected=False)
+
+
+def test_an_executor_that_is_gone_is_not_taken_for_one_that_is_not_trusted() -> None:
+    start = "failed to connect to all addresses; last error: "
+    refused = start + "UNKNOWN: Failed to connect to remote host: Connection refused"
+    assert describe_tls_fault(refused, has_connected=False) == ""
+    assert describe_tls_fault("the executor is stopping", has_connected=False) == ""
+    assert describe_tls_fault(start + "UNAVAILABLE: Socket closed", has_connected=True) == ""
