@@ -221,7 +221,7 @@ class AsyncClient:
 
 def _open_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
     credentials.check(address)
+    options = (*CHANNEL_OPTIONS, *credentials.channel_options(address))
     if not credentials.is_encrypted:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    options = (*CHANNEL_OPTIONS, *credentials.channel_options)
+        return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, credentials.channel_credentials(), options=options)

@@ -272,7 +272,7 @@ def new_request_id() -> str:
 
 def _open_channel(address: str, credentials: Credentials) -> grpc.Channel:
     credentials.check(address)
+    options = (*CHANNEL_OPTIONS, *credentials.channel_options(address))
     if not credentials.is_encrypted:
-        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-    options = (*CHANNEL_OPTIONS, *credentials.channel_options)
+        return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, credentials.channel_credentials(), options=options)

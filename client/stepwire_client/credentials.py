@@ -92,12 +92,15 @@ class Credentials:
             certificate_chain=_read(self.tls_cert, "--tls-cert"),
         )
 
-    @property
-    def channel_options(self) -> tuple[tuple[str, str], ...]:
-        """For a channel with TLS."""
-        if self.tls_server_name is None:
-            return ()
-        return (("grpc.ssl_target_name_override", self.tls_server_name),)
+    def channel_options(self, address: str) -> tuple[tuple[str, str | int], ...]:
+        """For a channel to the address."""
+        options: list[tuple[str, str | int]] = []
+        if self.tls_server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self.tls_server_name))
+        if is_local(address):
+            # Or a proxy named in the environment would be asked for this machine, and see all.
+            options.append(("grpc.enable_http_proxy", 0))
+        return tuple(options)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

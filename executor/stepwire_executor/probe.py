@@ -34,10 +34,12 @@ def probe(
     credentials: of a server with TLS; server_name: the name in its certificate, where it is not
     the host. Returns the status's name in grpc.health.v1, or that of the gRPC code where none came.
     """
+    options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
     if credentials is None:
-        channel = grpc.insecure_channel(address)
+        channel = grpc.insecure_channel(address, options=options)
     else:
-        options = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+        if server_name is not None:
+            options.append(("grpc.ssl_target_name_override", server_name))
         channel = grpc.secure_channel(address, credentials, options=options)
     with channel:
         check = channel.unary_unary(

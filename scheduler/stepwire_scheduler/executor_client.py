@@ -35,6 +35,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A proxy named in the environment is for the way out, not for executors.
+    ("grpc.enable_http_proxy", 0),
 )
 
 # What all ranks of a group must say alike, with the flag that sets it.

@@ -109,12 +109,12 @@ class TokensFile:
             stat = os.stat(self._path)
         except OSError as error:
             raise ConfigError(f"{FLAG} {self._path} cannot be read: {error.strerror}") from None
-        if stat.st_mode & 0o022:
-            log.warning("tokens file can be written by other users", flag=FLAG, fix="chmod 600")
         return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
     def _read(self) -> dict[bytes, Tenant]:
         try:
+            if os.stat(self._path).st_mode & 0o022:
+                log.warning("tokens file can be written by other users", flag=FLAG, fix="chmod 600")
             text = Path(self._path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{FLAG} {self._path} cannot be read: {error.strerror}") from None

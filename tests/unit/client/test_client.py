@@ -268,3 +268,13 @@ def test_wait_until_ready_gives_up_on_a_draining_server(service: FakeGenerationS
 def test_wait_until_ready_waits_for_a_server_that_is_not_there_yet() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(DeadlineExceededError, match="no server"):
         client.wait_until_ready(0.3)
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
+    service: FakeGenerationService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")
+    with serving(service) as address, Client(address) as client:
+        assert client.generate("a word").text == "a word "
