@@ -96,7 +96,7 @@ def _is_transport(message: str) -> bool:
 
 def _is_unreachable(message: str) -> bool:
     """Whether gRPC's text says that nobody accepted a connection."""
-    signs = ("remote host", "refused", "dns resolution", "timed out")
+    signs = ("remote host", "refused", "dns resolution", "timed out", "endpoint closing")
     return any(sign in message.lower() for sign in signs)
 
 

@@ -33,7 +33,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     # An executor that restarts on its port should be found again within a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # In spite of its name, the longest that one attempt may take, TLS on a busy machine included.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # A proxy named in the environment is for the way out, not for executors.
     ("grpc.enable_http_proxy", 0),

@@ -27,6 +27,8 @@ _FAULTS = {
     "WRONG_VERSION_NUMBER": "it speaks plain text: give it --tls-cert, or drop --executor-tls-ca",
 }
 """Signs in gRPC's texts, the more telling first."""
+_UNREACHABLE = ("remote host", "refused", "dns resolution", "timed out", "endpoint closing")
+"""Signs that nobody accepted a connection, or not in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from stepwire.scheduler.v1 import generation_pb2 as pb
@@ -277,4 +282,43 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:1")
     with serving(service) as address, Client(address) as client:
+        assert client.generate("a word").text == "a word "
+
+
+@contextmanager
+def slow_way(address: str, delay_s: float) -> Iterator[str]:
+    """Relays connections to a server; whatever passes, in each direction, is late."""
+    host, _, port = address.rpartition(":")
+
+    def relay(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                time.sleep(delay_s)
+                sink.sendall(data)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection((host, int(port)))
+                sockets.extend((near, far))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=relay, args=pair, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sockets: list[socket.socket] = []
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        for each in sockets:
+            each.close()
+
+
+def test_a_server_that_is_far_away_is_reached(service: FakeGenerationService) -> None:
+    """gRPC gives up on a connection after min_reconnect_backoff_ms."""
+    with (
+        serving(service) as address,
+        slow_way(address, delay_s=0.2) as far_address,
+        Client(far_address) as client,
+    ):
         assert client.generate("a word").text == "a word "

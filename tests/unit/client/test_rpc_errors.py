@@ -104,6 +104,11 @@ CONNECTING = "failed to connect to all addresses; last error: "
             errors.UnavailableError,
             "stepwire serve MODEL",
         ),
+        (
+            "UNAVAILABLE: Handshake read failed (Endpoint closing)",  # it took too long
+            errors.UnavailableError,
+            "stepwire serve MODEL",
+        ),
         ("CERTIFICATE_VERIFY_FAILED: unable to get local issuer", errors.TlsError, "--tls-ca FILE"),
         (
             "CERTIFICATE_VERIFY_FAILED: certificate has expired",
