@@ -177,9 +177,7 @@ class StepLoop:
     async def _serve_epochs(self) -> None:
         config = self._config
         addresses = (config.executor_addresses, *config.standby_executor_addresses)
-        groups = [
-            ExecutorGroup(each, self._plan_log, executor_tls(config)) for each in addresses
-        ]
+        groups = [ExecutorGroup(each, self._plan_log, executor_tls(config)) for each in addresses]
         self._groups = ExecutorGroups(groups)
         epoch = time.time_ns()  # above any epoch of a scheduler before this one
         try:

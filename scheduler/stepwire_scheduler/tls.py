@@ -6,6 +6,7 @@ port's own are read again when they change, for the connections that come after.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 from dataclasses import dataclass
@@ -164,8 +165,9 @@ class ChannelTls:
         """The credentials as the files are now; raises ConfigError."""
         files = self._files
         assert files.ca is not None
+        with contextlib.suppress(OSError):  # which check_files puts into words
+            self._seen = _signature(files)  # first, so that a faulty file is complained of once
         check_files(files)
-        self._seen = _signature(files)
         return grpc.ssl_channel_credentials(
             root_certificates=_read(files.ca),
             private_key=_read(files.key) if files.key is not None else None,

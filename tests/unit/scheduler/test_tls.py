@@ -192,6 +192,10 @@ def test_connections_to_executors_see_that_their_files_have_changed(
     assert tls.has_changed
     tls.read()
     assert not tls.has_changed
+    authority.issue(into=Pair(cert=pair.cert, key=pair.key.with_suffix(".other")))
+    with pytest.raises(ConfigError, match="is not the key of"):
+        tls.read()
+    assert not tls.has_changed  # what is faulty is tried once
     pair.key.unlink()
     assert not tls.has_changed  # it comes back, or the next start says why it does not work
 
