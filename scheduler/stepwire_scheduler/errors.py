@@ -10,13 +10,16 @@ SchedulerError
 ├── ChatTemplateError         the template refuses the messages; becomes InvalidRequestError
 ├── TextTooLongError          more tokens than allowed; becomes InvalidRequestError
 ├── DuplicateRequestError     its id is still running
+├── NotRetainedError          nothing, or not this, is kept to resume; send it anew
 ├── QueueFullError            too much waits already; retry later
 ├── UnavailableError          nothing can run now; retry later
 │   ├── NotReadyError             the model, or its tokenizer, still loads
 │   ├── DrainingError             the scheduler ends
 │   └── ExecutorLostError         executors failed under the request too often
 ├── DeadlineExceededError     its deadline passed, queued or running
-├── SlowReaderError           its output was not read for too long
+├── ReaderAbortedError        the call ends and the request may live on
+│   ├── SlowReaderError           its output was not read for too long
+│   └── TakenOverError            another call reads it now
 └── InternalError             a defect, or the executor could not go on with the request
 
 A message is one line for the client: no path, no stack trace, nothing of the prompt.
@@ -125,6 +128,12 @@ class DuplicateRequestError(SchedulerError):
         super().__init__(f"request {request_id} is still running; choose another request_id")
 
 
+class NotRetainedError(SchedulerError):
+    """A call would resume what is not there: never sent, of another input, or forgotten."""
+
+    reason = "NOT_RETAINED"
+
+
 class QueueFullError(SchedulerError):
     """The queue's bound in requests or tokens is reached."""
 
@@ -166,10 +175,20 @@ class DeadlineExceededError(SchedulerError):
     reason = "DEADLINE_EXCEEDED"
 
 
-class SlowReaderError(SchedulerError):
+class ReaderAbortedError(SchedulerError):
+    """The call ends; a request with a resume window lives on."""
+
+
+class SlowReaderError(ReaderAbortedError):
     """The client left too much output unread for too long."""
 
     reason = "SLOW_READER"
+
+
+class TakenOverError(ReaderAbortedError):
+    """Another call attached to the request."""
+
+    reason = "TAKEN_OVER"
 
 
 class InternalError(SchedulerError):
@@ -181,10 +200,11 @@ STATUS: dict[type[SchedulerError], StatusCode] = {
     SchedulerError: StatusCode.INTERNAL,
     InvalidRequestError: StatusCode.INVALID_ARGUMENT,
     DuplicateRequestError: StatusCode.ALREADY_EXISTS,
+    NotRetainedError: StatusCode.OUT_OF_RANGE,
     QueueFullError: StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: StatusCode.UNAVAILABLE,
     DeadlineExceededError: StatusCode.DEADLINE_EXCEEDED,
-    SlowReaderError: StatusCode.ABORTED,
+    ReaderAbortedError: StatusCode.ABORTED,
 }
 
 

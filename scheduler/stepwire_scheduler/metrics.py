@@ -65,6 +65,11 @@ class Metrics:
         self._finished = self._counter(
             "requests_finished", "Requests that ended.", "finished_reason"
         )
+        self._resumed = self._counter("streams_resumed", "Calls that went on with a request.")
+        self._detached = self._gauge("requests_detached", "Requests that run and nobody reads.")
+        self._retained_bytes = self._gauge(
+            "retained_output_bytes", "Output that is kept for clients that may come back."
+        )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._output_tokens = self._counter("output_tokens", "Tokens generated.")
         self._preemptions = self._counter("preemptions", "Sequences that lost their blocks.")
@@ -148,6 +153,14 @@ class Metrics:
         self._prompt_tokens.inc(prompt_tokens)
         self._output_tokens.inc(output_tokens)
         self._request_output_tokens.observe(output_tokens)
+
+    def on_stream_resumed(self) -> None:
+        self._resumed.inc()
+
+    def set_retained(self, *, num_detached: int, num_bytes: int) -> None:
+        """What waits for clients to come back."""
+        self._detached.set(num_detached)
+        self._retained_bytes.set(num_bytes)
 
     def on_preemption(self, num_sequences: int = 1) -> None:
         self._preemptions.inc(num_sequences)

@@ -12,16 +12,19 @@ from stepwire_scheduler.clock import now_ms
 from stepwire_scheduler.detokenizer import TokenBytes
 from stepwire_scheduler.errors import (
     DeadlineExceededError,
+    DuplicateRequestError,
     ExecutorLostError,
     InternalError,
+    NotRetainedError,
     SchedulerError,
     SlowReaderError,
 )
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.output import OutputAssembler
 from stepwire_scheduler.plan import SequenceUpdate, StepPlan
-from stepwire_scheduler.request_stream import RequestStream
-from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+from stepwire_scheduler.request_stream import RequestStream, StreamReader
+from stepwire_scheduler.retained_outputs import RetainedOutputs
+from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 
 log = structlog.get_logger(__name__)
 
@@ -35,28 +38,37 @@ class _Entry:
 
 
 class RunningRequests:
-    """The requests by id, from acceptance to their one end."""
+    """The requests by key, from acceptance to their one end, and what is kept of them after it.
+
+    A resumable request whose reader left is detached: it goes on for its window. What has ended
+    and what is detached together take no more than max_retained_bytes.
+    """
 
     def __init__(
         self,
         metrics: Metrics,
         *,
         max_unread_bytes: int,
+        max_retained_bytes: int,
         finish_sequence: Callable[[Sequence, FinishReason], None],
     ) -> None:
         """finish_sequence ends a sequence in the planner; it may have ended already."""
         self._metrics = metrics
         self._max_unread_bytes = max_unread_bytes
         self._finish_sequence = finish_sequence
-        self._entries: dict[str, _Entry] = {}
-        self._is_empty = asyncio.Event()
-        self._is_empty.set()
+        self._max_retained_bytes = max_retained_bytes
+        self._entries: dict[RequestKey, _Entry] = {}
+        self._detached: dict[RequestKey, RequestStream] = {}
+        """Those of the entries that nobody reads, the longest first."""
+        self._retained = RetainedOutputs()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._entries
+    def __contains__(self, key: RequestKey) -> bool:
+        return key in self._entries
 
-    def __iter__(self) -> Iterator[str]:
-        """The ids as they are now; ending requests meanwhile is fine."""
+    def __iter__(self) -> Iterator[RequestKey]:
+        """The keys as they are now; ending requests meanwhile is fine."""
         return iter(list(self._entries))
 
     def add(
@@ -67,24 +79,128 @@ class RunningRequests:
             request,
             sequences,
             max_unread_bytes=self._max_unread_bytes,
-            on_close=lambda stream: self.end(stream.request.request_id, FinishReason.CANCELLED),
+            on_close=self._on_reader_left,
         )
-        self._entries[request.request_id] = _Entry(
+        self._retained.forget(request.key)
+        self._entries[request.key] = _Entry(
             stream=stream,
             assemblers=[OutputAssembler(tokenizer, request.sampling_params) for _ in sequences],
         )
-        self._is_empty.clear()
+        self._is_idle.clear()
         self._metrics.on_request_queued()
         return stream
 
     async def wait_until_none(self) -> None:
-        """Return once every request has ended."""
-        await self._is_empty.wait()
+        """Return once every request has ended and its client has it, or has stayed away."""
+        await self._is_idle.wait()
+
+    def _note_whether_idle(self) -> None:
+        if not self._entries and not self._retained.has_undelivered:
+            self._is_idle.set()
+
+    # Readers that come and go
+
+    def knows(self, key: RequestKey) -> bool:
+        """Whether a request runs, or its output is kept."""
+        return key in self._entries or self._retained.get(key) is not None
+
+    def attach(
+        self, key: RequestKey, input_digest: bytes, *, from_seq: int, resume_window_ms: int
+    ) -> StreamReader | None:
+        """Read a request on from an event; None where from_seq is 0 and it should be started.
+
+        Raises DuplicateRequestError where a request of that key runs and is not this one, or
+        the call does not ask to resume; NotRetainedError where from_seq cannot be had.
+        """
+        entry = self._entries.get(key)
+        stream = entry.stream if entry is not None else self._retained.get(key)
+        is_resumed = stream is not None and stream.is_resumable
+        if is_resumed and stream is not None and stream.request.input_digest == input_digest:
+            if from_seq or resume_window_ms:
+                reader = stream.attach(from_seq)
+                stream.resume_window_ms = resume_window_ms
+                self._detached.pop(key, None)
+                self._metrics.on_stream_resumed()
+                return reader
+        if from_seq:
+            raise NotRetainedError(
+                f"nothing is kept of request {key[1]} to resume: its retention has passed, or it "
+                "never ran here as it is now; send it anew, with from_seq 0"
+            )
+        if entry is not None:
+            raise DuplicateRequestError(key[1])
+        return None
+
+    def _on_reader_left(self, stream: RequestStream) -> None:
+        entry = self._entries.get(stream.key)
+        if entry is None or entry.stream is not stream:
+            self._retained.start_window(stream, now_ms())
+            self._note_whether_idle()
+        elif stream.resume_window_ms:
+            self._detach(stream, now_ms())
+        else:
+            self.end(stream.key, FinishReason.CANCELLED)
+
+    def _detach(
+        self, stream: RequestStream, now: float, error: SchedulerError | None = None
+    ) -> None:
+        stream.detach(now, error)
+        self._detached[stream.key] = stream
+        log.info("request detached", request_id=stream.request.request_id)
+        self._keep_within_bound()
+
+    def expire(self, now: float) -> None:
+        """End and forget what nobody came back for."""
+        for key, stream in list(self._detached.items()):
+            since = stream.detached_since_ms
+            assert since is not None, key
+            if now - since >= stream.resume_window_ms:
+                self._abandon(key)
+        self._retained.expire(now)
+        self._keep_within_bound()
+        self._note_whether_idle()
+        self._metrics.set_retained(
+            num_detached=len(self._detached), num_bytes=self.num_retained_bytes
+        )
+
+    @property
+    def num_retained_bytes(self) -> int:
+        """Memory of outputs that wait for a client to come back."""
+        detached = sum(stream.num_bytes for stream in self._detached.values())
+        return detached + self._retained.num_bytes
+
+    def _keep_within_bound(self) -> None:
+        while self.num_retained_bytes > self._max_retained_bytes:
+            if self._retained:
+                self._retained.forget_oldest()
+            else:
+                self._abandon(next(iter(self._detached)))
+
+    def _abandon(self, key: RequestKey) -> None:
+        """End a detached request and keep nothing of it."""
+        self._entries[key].stream.is_resumable = False
+        self.end(key, FinishReason.CANCELLED)
+
+    def cancel(self, key: RequestKey) -> bool:
+        """End a request, and forget what nobody reads. False where it does not run."""
+        if key not in self._entries:
+            retained = self._retained.get(key)
+            if retained is not None and not retained.has_reader:
+                self._retained.forget(key)
+                self._note_whether_idle()
+            return False
+        if key in self._detached:
+            self._abandon(key)
+        else:
+            self.end(key, FinishReason.CANCELLED)
+        return True
+
+    # Delivery
 
     def note_first_steps(self, plan: StepPlan, now: float) -> None:
         """Tell the readers of sequences that get their first step."""
         for sequence in plan.first_scheduled:
-            entry = self._entries.get(sequence.request.request_id)
+            entry = self._entries.get(sequence.request.key)
             if entry is None or entry.stream.request is not sequence.request:
                 continue
             entry.stream.publish_scheduled(sequence, now)
@@ -92,30 +208,35 @@ class RunningRequests:
                 self._metrics.on_first_scheduled((now - sequence.request.arrival_ms) / 1e3)
 
     def end_slow_readers(self, now: float, unread_timeout_ms: float) -> None:
-        """End requests whose output has been over its bound for too long."""
-        for request_id, entry in list(self._entries.items()):
+        """End calls whose output has been over its bound for too long; requests with them that
+        cannot be resumed.
+        """
+        for key, entry in list(self._entries.items()):
             since = entry.stream.over_bound_since_ms
             if since is not None and now - since > unread_timeout_ms:
                 error = SlowReaderError("the output was not read for too long")
-                self.end(request_id, FinishReason.ERROR, error)
+                if entry.stream.resume_window_ms:
+                    self._detach(entry.stream, now, error)
+                else:
+                    self.end(key, FinishReason.ERROR, error)
 
     def deliver(self, updates: Iterable[SequenceUpdate]) -> None:
         """Hand new tokens, and ends, to the streams they belong to."""
         now = now_ms()
         for update in updates:
             sequence = update.sequence
-            request_id = sequence.request.request_id
-            entry = self._entries.get(request_id)
+            key = sequence.request.key
+            entry = self._entries.get(key)
             if entry is None or sequence is not entry.stream.progress[sequence.index].sequence:
                 continue
             if sequence.finish_reason is FinishReason.DEADLINE:
                 self.end(
-                    request_id,
+                    key,
                     FinishReason.DEADLINE,
                     DeadlineExceededError("the request's deadline passed"),
                 )
             elif sequence.finish_reason is FinishReason.ERROR:
-                self.end(request_id, FinishReason.ERROR, _error_of(update, sequence))
+                self.end(key, FinishReason.ERROR, _error_of(update, sequence))
             else:
                 self._deliver_tokens(entry, update, now)
 
@@ -130,7 +251,7 @@ class RunningRequests:
             # One request's text must not end the others' steps.
             log.exception("detokenisation failed", request_id=stream.request.request_id)
             self.end(
-                stream.request.request_id,
+                stream.key,
                 FinishReason.ERROR,
                 InternalError("the output could not be turned into text"),
             )
@@ -146,10 +267,10 @@ class RunningRequests:
             self._close(entry, delta.finish_reason or FinishReason.STOP, None)
 
     def end(
-        self, request_id: str, reason: FinishReason, error: SchedulerError | None = None
+        self, key: RequestKey, reason: FinishReason, error: SchedulerError | None = None
     ) -> None:
         """End all sequences of a request now; its reader gets what there is, then the error."""
-        entry = self._entries[request_id]
+        entry = self._entries[key]
         now = now_ms()
         for progress, assembler in zip(entry.stream.progress, entry.assemblers, strict=True):
             if progress.is_finished:
@@ -162,8 +283,10 @@ class RunningRequests:
 
     def _close(self, entry: _Entry, reason: FinishReason, error: SchedulerError | None) -> None:
         stream = entry.stream
-        del self._entries[stream.request.request_id]
-        stream.end(now_ms(), error)
+        now = now_ms()
+        del self._entries[stream.key]
+        self._detached.pop(stream.key, None)
+        stream.end(now, error)
         usage, timings = stream.usage, stream.timings
         self._metrics.on_finished(
             reason.value, timings.e2e_ms / 1e3, usage.num_prompt_tokens, usage.num_output_tokens
@@ -180,8 +303,10 @@ class RunningRequests:
             ttft_ms=round(timings.ttft_ms, 1),
             e2e_ms=round(timings.e2e_ms, 1),
         )
-        if not self._entries:
-            self._is_empty.set()
+        if stream.is_resumable:
+            self._retained.add(stream, now)
+            self._keep_within_bound()
+        self._note_whether_idle()
 
 
 def _error_of(update: SequenceUpdate, sequence: Sequence) -> SchedulerError:

@@ -6,6 +6,7 @@ import enum
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 
 class FinishReason(enum.Enum):
@@ -55,6 +56,10 @@ class SamplingParams:
     n: int = 1
 
 
+RequestKey: TypeAlias = tuple[str, str]
+"""(tenant, request_id): what names a request. Tenants do not see one another's."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One accepted request."""
@@ -71,6 +76,14 @@ class Request:
     """On the same clock."""
     tenant: str = ""
     """Prefixes are shared within a tenant only."""
+    resume_window_ms: int = 0
+    """How long it goes on, and its output is kept, without a reader; 0: it ends with its call."""
+    input_digest: bytes = b""
+    """Of what the client sent, where it may be resumed: an equal message attaches to it."""
+
+    @property
+    def key(self) -> RequestKey:
+        return self.tenant, self.request_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

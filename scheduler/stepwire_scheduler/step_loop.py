@@ -32,9 +32,9 @@ from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.plan import StepPlan
 from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.planner import Planner, PlannerConfig
-from stepwire_scheduler.request_stream import RequestStream
+from stepwire_scheduler.request_stream import RequestStream, StreamReader
 from stepwire_scheduler.running_requests import RunningRequests
-from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState, served_model
 
 _HOUSEKEEPING_INTERVAL_S = 0.05
@@ -71,6 +71,7 @@ class StepLoop:
         self._requests = RunningRequests(
             metrics,
             max_unread_bytes=config.max_unread_bytes,
+            max_retained_bytes=config.max_retained_bytes,
             finish_sequence=self._finish_sequence,
         )
         self._tokenizer: TokenBytes | None = None
@@ -125,7 +126,7 @@ class StepLoop:
             raise DrainingError
         if planner is None or tokenizer is None:
             raise NotReadyError("the model still loads; GetModel says how far it is")
-        if request.request_id in self._requests:
+        if request.key in self._requests:
             raise DuplicateRequestError(request.request_id)
         self._check_fits(request)
         num_sequences = request.sampling_params.n
@@ -150,12 +151,24 @@ class StepLoop:
             )
             raise InvalidRequestError([violation])
 
-    def cancel(self, request_id: str) -> bool:
+    def knows(self, key: RequestKey) -> bool:
+        """Whether a request runs or is retained under the key."""
+        return self._requests.knows(key)
+
+    def attach(
+        self, key: RequestKey, input_digest: bytes, *, from_seq: int, resume_window_ms: int
+    ) -> StreamReader | None:
+        """Read on a request that runs or is retained; None where it should be submitted.
+
+        Raises DuplicateRequestError, NotRetainedError. Works while the scheduler drains.
+        """
+        return self._requests.attach(
+            key, input_digest, from_seq=from_seq, resume_window_ms=resume_window_ms
+        )
+
+    def cancel(self, request_id: str, tenant: str = "") -> bool:
         """End a request; its stream ends with what it has. False where it does not run."""
-        if request_id not in self._requests:
-            return False
-        self._requests.end(request_id, FinishReason.CANCELLED)
-        return True
+        return self._requests.cancel((tenant, request_id))
 
     @property
     def num_waiting(self) -> int:
@@ -229,8 +242,8 @@ class StepLoop:
         try:
             await asyncio.wait_for(self._requests.wait_until_none(), timeout_s)
         except TimeoutError:
-            for request_id in self._requests:
-                self._requests.end(request_id, FinishReason.CANCELLED, DrainingError())
+            for key in self._requests:
+                self._requests.end(key, FinishReason.CANCELLED, DrainingError())
 
     def _adopt(self, description: Description) -> None:
         """Take the executors' limits; what waits outlives them unless the model changed."""
@@ -253,10 +266,8 @@ class StepLoop:
         self.model = model
         if is_other_model:
             log.warning("the executors serve another model; ending what waits")
-            for request_id in self._requests:
-                self._requests.end(
-                    request_id, FinishReason.ERROR, ExecutorLostError("the model changed")
-                )
+            for key in self._requests:
+                self._requests.end(key, FinishReason.ERROR, ExecutorLostError("the model changed"))
         if self._planner is None:
             self._planner = Planner(config, prefix_key=secrets.token_bytes(32))
         else:
@@ -357,6 +368,7 @@ class StepLoop:
             now = now_ms()
             self._requests.deliver(planner.expire(now))
             self._requests.end_slow_readers(now, self._config.unread_timeout_ms)
+            self._requests.expire(now)
             self._metrics.set_load(
                 num_running=len(planner.running), num_waiting=len(planner.waiting)
             )

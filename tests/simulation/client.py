@@ -153,13 +153,14 @@ class SimulatedClient:
         expected = [_ExpectedSequence(script, i, max_tokens) for i in range(script.n)]
         num_tokens = 0
         error: SchedulerError | None = None
+        reader = stream.attach()
         try:
             while True:
                 if script.reading == "slow":
                     await asyncio.sleep(0.02)
                 if script.reading == "stalled":
                     await self._until_ended(stream)
-                event = await anext(stream)
+                event = await anext(reader)
                 if not isinstance(event, SequenceOutput):
                     continue
                 problem = expected[event.index].problem_with(event)

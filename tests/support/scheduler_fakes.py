@@ -18,7 +18,7 @@ from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.output import SequenceDelta
 from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.rpc_handlers import SERVICE_NAME, add_generation_service
-from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState
 from stepwire_scheduler.service import GenerationService
 from stepwire_scheduler.step_loop import StepLoop
@@ -109,10 +109,17 @@ class FakeStepLoop:
             request,
             sequences,
             max_unread_bytes=1 << 16,
-            on_close=lambda stream: self.closed.append(stream.request.request_id),
+            on_close=self._on_close,
         )
         self.script(stream)
         return stream
+
+    def _on_close(self, stream: RequestStream) -> None:
+        if not stream.has_ended:
+            self.closed.append(stream.request.request_id)
+
+    def knows(self, key: RequestKey) -> bool:
+        return False
 
     def cancel(self, request_id: str) -> bool:
         if request_id not in self.running:
