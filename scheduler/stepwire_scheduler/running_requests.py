@@ -114,14 +114,18 @@ class RunningRequests:
         """
         entry = self._entries.get(key)
         stream = entry.stream if entry is not None else self._retained.get(key)
-        is_resumed = stream is not None and stream.is_resumable
-        if is_resumed and stream is not None and stream.request.input_digest == input_digest:
-            if from_seq or resume_window_ms:
-                reader = stream.attach(from_seq)
-                stream.resume_window_ms = resume_window_ms
-                self._detached.pop(key, None)
-                self._metrics.on_stream_resumed()
-                return reader
+        asks_to_resume = from_seq > 0 or resume_window_ms > 0
+        if (
+            asks_to_resume
+            and stream is not None
+            and stream.is_resumable
+            and stream.request.input_digest == input_digest
+        ):
+            reader = stream.attach(from_seq)
+            stream.resume_window_ms = resume_window_ms
+            self._detached.pop(key, None)
+            self._metrics.on_stream_resumed()
+            return reader
         if from_seq:
             raise NotRetainedError(
                 f"nothing is kept of request {key[1]} to resume: its retention has passed, or it "

@@ -44,9 +44,9 @@ async def validate_input(
 ) -> Request:
     """The request with every default filled in, its prompt tokenised.
 
-    arrival_ms, deadline_ms: on the scheduler's clock. resume_window_ms needs a request_id. The cost is bounded before anything is
-    looped over or tokenised. Raises InvalidRequestError, or QueueFullError if too many texts
-    are being tokenised.
+    arrival_ms, deadline_ms: on the scheduler's clock. resume_window_ms: needs a request_id. The
+    cost is bounded before anything is looped over or tokenised. Raises InvalidRequestError, or
+    QueueFullError if too many texts are being tokenised.
     """
     violations = Violations()
     params = message.sampling_params
