@@ -190,14 +190,17 @@ class RequestStream:
 
         Raises NotRetainedError where from_seq is more than one past what has been read.
         """
+        log = self._log
         position = max(0, from_seq - 1)
-        num_readable = self._log.num_sealed + (2 if self.has_ended else 0)
-        if not self._log.num_forgotten <= position <= num_readable:
+        last = log.num_sealed
+        if self.has_ended and last == log.num_events:
+            last += 1  # behind the completed event, too
+        if not log.num_forgotten <= position <= last:
             raise NotRetainedError(
                 f"request {self.request.request_id} has sent nothing before event {from_seq}"
             )
         self._dismiss(TakenOverError("another call reads this request now"))
-        cursor = LogCursor(self._log, min(position, self._log.num_events))
+        cursor = LogCursor(log, min(position, log.num_events))
         self._reader = StreamReader(self, cursor, from_seq)
         self.detached_since_ms = None
         return self._reader
