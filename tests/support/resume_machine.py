@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, cast
 from unittest.mock import patch
 
-from hypothesis import assume, note
+from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stepwire_scheduler import running_requests
@@ -73,6 +73,8 @@ class Sent:
         self.events: dict[int, Any] = {}
         """What was read, by number."""
         self.reader: StreamReader | None = None
+        self.next_seq = 1
+        """The event that the reader has to bring."""
         self.reader_is_slow = False
         self.alone_since: float | None = None
         """Since when nobody reads it."""
@@ -144,10 +146,8 @@ class ResumeMachine(RuleBasedStateMachine):
         if sequence.finish_reason is None:
             sequence.finish_reason = reason
 
-    def _name(self, number: int) -> str:
-        name = str(number % NUM_NAMES)
-        assume(name in self.sent)
-        return name
+    def _one(self, number: int) -> Sent:
+        return list(self.sent.values())[number % len(self.sent)]
 
     # What clients do
 
@@ -176,7 +176,7 @@ class ResumeMachine(RuleBasedStateMachine):
             assert known is not None
             assert known.request.input_digest == digest
             assert window_ms > 0
-            self._begin_reading(known, reader, window_ms)
+            self._begin_reading(known, reader, 1, window_ms)
             return
         assert not is_running
         request = Request(
@@ -195,12 +195,13 @@ class ResumeMachine(RuleBasedStateMachine):
         sent = self.sent[name] = Sent(stream, window_ms)
         sent.reader = stream.attach()
 
-    def _begin_reading(self, sent: Sent, reader: StreamReader, window_ms: int) -> None:
+    def _begin_reading(self, sent: Sent, reader: StreamReader, seq: int, window_ms: int) -> None:
         assert not sent.is_gone, "it was there after its end"
         previous = sent.reader
         if previous is not None:
             self._expect(previous, TakenOverError)
         sent.reader, sent.alone_since, sent.window_ms = reader, None, window_ms
+        sent.next_seq = seq
         sent.reader_is_slow = False
 
     @rule(
@@ -210,7 +211,7 @@ class ResumeMachine(RuleBasedStateMachine):
     )
     def resume(self, number: int, back: int, window_ms: int) -> None:
         """Go on after an event that was seen, the last one or an earlier one."""
-        sent = self.sent[self._name(number)]
+        sent = self._one(number)
         seq = max(1, sent.num_seen + 1 - back)
         digest = sent.request.input_digest
         try:
@@ -221,7 +222,7 @@ class ResumeMachine(RuleBasedStateMachine):
             assert not sent.request.resume_window_ms or sent.is_gone or self._may_be_forgotten(sent)
             return
         assert reader is not None
-        self._begin_reading(sent, reader, window_ms)
+        self._begin_reading(sent, reader, seq, window_ms)
 
     def _may_be_forgotten(self, sent: Sent) -> bool:
         """Only where memory is short, and it has ended or nobody reads it."""
@@ -230,7 +231,7 @@ class ResumeMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, NUM_NAMES - 1), ahead=st.integers(3, 9))
     def resume_what_was_never_sent(self, number: int, ahead: int) -> None:
-        sent = self.sent[self._name(number)]
+        sent = self._one(number)
         seq = sent.num_seen + ahead
         try:
             self.requests.attach(
@@ -245,7 +246,7 @@ class ResumeMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, NUM_NAMES - 1), seq=st.integers(1, 3))
     def resume_as_another(self, number: int, seq: int) -> None:
-        sent = self.sent[self._name(number)]
+        sent = self._one(number)
         try:
             self.requests.attach(sent.request.key, b"x", from_seq=seq, resume_window_ms=1_000)
         except NotRetainedError:
@@ -254,7 +255,7 @@ class ResumeMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, NUM_NAMES - 1), num_events=st.integers(1, 4))
     def read(self, number: int, num_events: int) -> None:
-        sent = self.sent[self._name(number)]
+        sent = self._one(number)
         for _ in range(num_events):
             reader = sent.reader
             if reader is None or not self._has_something(reader):
@@ -288,7 +289,7 @@ class ResumeMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, NUM_NAMES - 1))
     def leave(self, number: int) -> None:
         """The connection breaks."""
-        sent = self.sent[self._name(number)]
+        sent = self._one(number)
         if sent.reader is not None:
             self._leave(sent)
 
@@ -305,7 +306,7 @@ class ResumeMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, NUM_NAMES - 1), really=SELDOM)
     def cancel(self, number: int, really: bool) -> None:
-        sent = self.sent[self._name(number)]
+        sent = self._one(number)
         if not really:
             return
         key = sent.request.key
@@ -333,7 +334,7 @@ class ResumeMachine(RuleBasedStateMachine):
     )
     def deliver(self, number: int, steps: list[tuple[int, list[int], FinishReason | None]]) -> None:
         """Some steps' tokens of one request's sequences; the second asks for logprobs."""
-        sent = self.sent[self._name(number)]
+        sent = self._one(number)
         for index, tokens, ends in steps:
             sequence = sent.sequences[index % len(sent.sequences)]
             if sequence.finish_reason is not None or not (tokens or ends):
@@ -345,7 +346,7 @@ class ResumeMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, NUM_NAMES - 1), really=SELDOM)
     def pass_deadline(self, number: int, really: bool) -> None:
-        sent = self.sent[self._name(number)]
+        sent = self._one(number)
         if sent.request.key not in self.requests or not really:
             return
         sequence = next(each for each in sent.sequences if each.finish_reason is None)
@@ -375,6 +376,8 @@ class ResumeMachine(RuleBasedStateMachine):
     # What must hold
 
     def _check_event(self, sent: Sent, seq: int, event: Any) -> None:
+        assert seq == sent.next_seq, "it began elsewhere, or left one out"
+        sent.next_seq += 1
         assert sent.events.setdefault(seq, event) == event, "an event changed"
         self._check_output(sent)
 
