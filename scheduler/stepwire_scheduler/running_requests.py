@@ -58,8 +58,9 @@ class RunningRequests:
         self._finish_sequence = finish_sequence
         self._max_retained_bytes = max_retained_bytes
         self._entries: dict[RequestKey, _Entry] = {}
-        self._detached: dict[RequestKey, RequestStream] = {}
-        """Those of the entries that nobody reads, the longest first."""
+        self._detached: dict[RequestKey, int] = {}
+        """Bytes of those entries that nobody reads, the longest first; as of the last look."""
+        self._num_detached_bytes = 0
         self._retained = RetainedOutputs()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -123,7 +124,7 @@ class RunningRequests:
         ):
             reader = stream.attach(from_seq)
             stream.resume_window_ms = resume_window_ms
-            self._detached.pop(key, None)
+            self._note_attached(key)
             self._metrics.on_stream_resumed()
             return reader
         if from_seq:
@@ -149,17 +150,26 @@ class RunningRequests:
         self, stream: RequestStream, now: float, error: SchedulerError | None = None
     ) -> None:
         stream.detach(now, error)
-        self._detached[stream.key] = stream
+        self._detached[stream.key] = stream.num_bytes
+        self._num_detached_bytes += self._detached[stream.key]
         log.info("request detached", request_id=stream.request.request_id)
         self._keep_within_bound()
 
+    def _note_attached(self, key: RequestKey) -> None:
+        """It is read again, or has ended."""
+        self._num_detached_bytes -= self._detached.pop(key, 0)
+
     def expire(self, now: float) -> None:
         """End and forget what nobody came back for."""
-        for key, stream in list(self._detached.items()):
+        for key in list(self._detached):
+            stream = self._entries[key].stream
             since = stream.detached_since_ms
             assert since is not None, key
             if now - since >= stream.resume_window_ms:
                 self._abandon(key)
+            else:
+                self._detached[key] = stream.num_bytes
+        self._num_detached_bytes = sum(self._detached.values())
         self._retained.expire(now)
         self._keep_within_bound()
         self._note_whether_idle()
@@ -170,8 +180,7 @@ class RunningRequests:
     @property
     def num_retained_bytes(self) -> int:
         """Memory of outputs that wait for a client to come back."""
-        detached = sum(stream.num_bytes for stream in self._detached.values())
-        return detached + self._retained.num_bytes
+        return self._num_detached_bytes + self._retained.num_bytes
 
     def _keep_within_bound(self) -> None:
         while self.num_retained_bytes > self._max_retained_bytes:
@@ -181,23 +190,19 @@ class RunningRequests:
                 self._abandon(next(iter(self._detached)))
 
     def _abandon(self, key: RequestKey) -> None:
-        """End a detached request and keep nothing of it."""
+        """End a request and keep nothing of it; a reader that it has gets the rest."""
         self._entries[key].stream.is_resumable = False
         self.end(key, FinishReason.CANCELLED)
 
     def cancel(self, key: RequestKey) -> bool:
-        """End a request, and forget what nobody reads. False where it does not run."""
-        if key not in self._entries:
-            retained = self._retained.get(key)
-            if retained is not None and not retained.has_reader:
-                self._retained.forget(key)
-                self._note_whether_idle()
-            return False
-        if key in self._detached:
+        """End a request, or forget its output. False where it does not run."""
+        is_running = key in self._entries
+        if is_running:
             self._abandon(key)
         else:
-            self.end(key, FinishReason.CANCELLED)
-        return True
+            self._retained.forget(key)
+            self._note_whether_idle()
+        return is_running
 
     # Delivery
 
@@ -289,7 +294,7 @@ class RunningRequests:
         stream = entry.stream
         now = now_ms()
         del self._entries[stream.key]
-        self._detached.pop(stream.key, None)
+        self._note_attached(stream.key)
         stream.end(now, error)
         usage, timings = stream.usage, stream.timings
         self._metrics.on_finished(

@@ -314,9 +314,8 @@ class ResumeMachine(RuleBasedStateMachine):
         assert self.requests.cancel(key) == was_running
         assert key not in self.requests
         sent.is_cancelled = sent.is_cancelled or was_running
-        if sent.stream._reader is None:
-            sent.is_gone = True
-            assert not self.requests.knows(key)
+        sent.is_gone = True
+        assert not self.requests.knows(key)
 
     # What the step loop does
 
@@ -412,6 +411,16 @@ class ResumeMachine(RuleBasedStateMachine):
             assert sum(event.finish_reason is not None for event in mine) == 1
             if mine[-1].finish_reason is FinishReason.CANCELLED:
                 assert sent.is_cancelled, "cancelled by nobody"
+
+    @invariant()
+    @precondition(lambda machine: hasattr(machine, "requests"))
+    def bytes_add_up(self) -> None:
+        detached = self.requests._detached
+        assert self.requests._num_detached_bytes == sum(detached.values())
+        for sent in self.sent.values():
+            is_running = sent.request.key in self.requests
+            is_read = sent.reader is not None and sent.reader.dismissal is None
+            assert (sent.request.key in detached) == (is_running and not is_read)
 
     @invariant()
     @precondition(lambda machine: hasattr(machine, "requests"))

@@ -101,8 +101,9 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends requests that are queued or running, also while no call reads them, and forgets what is
-        kept of those that nobody reads; unknown ids are ignored, so it can be repeated.
+        """Ends requests that are queued or running, also while no call reads them, and forgets their
+        output; a call that reads one still gets the rest. Unknown ids are ignored, so it can be
+        repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

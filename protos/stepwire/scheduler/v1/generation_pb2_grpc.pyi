@@ -52,8 +52,9 @@ class GenerationServiceStub:
     (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
-    """Ends requests that are queued or running, also while no call reads them, and forgets what is
-    kept of those that nobody reads; unknown ids are ignored, so it can be repeated.
+    """Ends requests that are queued or running, also while no call reads them, and forgets their
+    output; a call that reads one still gets the rest. Unknown ids are ignored, so it can be
+    repeated.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.GetModelResponse]
     """Describes the served model and the limits in force; answers while the model still loads."""
@@ -86,8 +87,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
-    """Ends requests that are queued or running, also while no call reads them, and forgets what is
-    kept of those that nobody reads; unknown ids are ignored, so it can be repeated.
+    """Ends requests that are queued or running, also while no call reads them, and forgets their
+    output; a call that reads one still gets the rest. Unknown ids are ignored, so it can be
+    repeated.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the served model and the limits in force; answers while the model still loads."""
@@ -135,8 +137,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CancelResponse, _abc.Awaitable[_generation_pb2.CancelResponse]]:
-        """Ends requests that are queued or running, also while no call reads them, and forgets what is
-        kept of those that nobody reads; unknown ids are ignored, so it can be repeated.
+        """Ends requests that are queued or running, also while no call reads them, and forgets their
+        output; a call that reads one still gets the rest. Unknown ids are ignored, so it can be
+        repeated.
         """
 
     @_abc_1.abstractmethod
