@@ -173,7 +173,7 @@ def test_the_machine_catches(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> N
         run_state_machine_as_test(
             ResumeMachine,
             settings=settings(
-                max_examples=400,
+                max_examples=1_000,
                 stateful_step_count=50,
                 deadline=None,
                 derandomize=True,

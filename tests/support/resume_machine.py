@@ -344,6 +344,15 @@ class ResumeMachine(RuleBasedStateMachine):
             self.requests.deliver([SequenceUpdate(sequence, tuple(tokens), tuple(entries))])
 
     @rule(number=st.integers(0, NUM_NAMES - 1), really=SELDOM)
+    def complete(self, number: int, really: bool) -> None:
+        """All of a request's sequences reach their ends."""
+        sent = self._one(number)
+        for sequence in sent.sequences:
+            if really and sequence.finish_reason is None:
+                sequence.finish_reason = FinishReason.LENGTH
+                self.requests.deliver([SequenceUpdate(sequence)])
+
+    @rule(number=st.integers(0, NUM_NAMES - 1), really=SELDOM)
     def pass_deadline(self, number: int, really: bool) -> None:
         sent = self._one(number)
         if sent.request.key not in self.requests or not really:
