@@ -11,16 +11,9 @@ from stepwire_scheduler.errors import NotRetainedError, SchedulerError, TakenOve
 from stepwire_scheduler.output import SequenceDelta
 from stepwire_scheduler.output_log import LogCursor, OutputLog, Scheduled, SequenceOutput
 from stepwire_scheduler.sequence import Request, RequestKey, SamplingParams, Sequence
+from stepwire_scheduler.usage import Timings, Usage
 
-__all__ = [
-    "Queued",
-    "RequestStream",
-    "Scheduled",
-    "SequenceOutput",
-    "StreamReader",
-    "Timings",
-    "Usage",
-]
+__all__ = ["Queued", "RequestStream", "Scheduled", "SequenceOutput", "StreamReader"]
 
 _BYTES_PER_TOKEN = 8
 """What a token id and its share of a message count for in the bound on unread output."""
@@ -28,26 +21,6 @@ _MAX_READ_EVENTS = 64
 """Events that have been read and are still held where nobody can ask for them again."""
 _BYTES_PER_STREAM = 2_048
 """Of the objects around a log."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    num_prompt_tokens: int
-    num_output_tokens: int
-    """Over all sequences."""
-    num_cached_tokens: int
-    """Of the first sequence."""
-    num_preemptions: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timings:
-    """From the request's arrival, milliseconds; tpot_ms is of the longest sequence."""
-
-    queue_ms: float
-    ttft_ms: float
-    tpot_ms: float
-    e2e_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

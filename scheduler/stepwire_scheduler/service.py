@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,8 +18,8 @@ from stepwire_scheduler.errors import (
     InvalidRequestError,
     NotReadyError,
     SchedulerError,
-    SlowReaderError,
 )
+from stepwire_scheduler.event_writer import EventWriter
 from stepwire_scheduler.logs import bound_request, get_logger
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.request_stream import (
@@ -120,7 +119,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         async with self._reading(request, context, request.from_seq) as reader:
             stream = reader.stream
-            writer = _EventWriter(
+            writer = EventWriter(
                 context, stream.request.request_id, self._config.unread_timeout_ms / 1e3
             )
             if reader.from_seq == 0 and stream.queued is not None:
@@ -302,24 +301,3 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.LoadProgress(
             phase=progress.phase, fraction=progress.fraction, elapsed_ms=progress.elapsed_ms
         )
-
-
-class _EventWriter:
-    """Writes the events of one call and gives up on a client that does not read them."""
-
-    def __init__(self, context: _Context, request_id: str, timeout_s: float) -> None:
-        self._context = context
-        self._request_id = request_id
-        self._timeout_s = timeout_s
-
-    async def write(self, seq: int, **event: Any) -> None:
-        """Send one event, given as the oneof's field; raises SlowReaderError."""
-        response = generation_pb2.GenerateStreamResponse(
-            request_id=self._request_id, seq=seq, **event
-        )
-        try:
-            # Waits only while the connection's flow control says that the client lags.
-            async with asyncio.timeout(self._timeout_s):
-                await self._context.write(response)
-        except TimeoutError:
-            raise SlowReaderError("the output was not read for too long") from None
