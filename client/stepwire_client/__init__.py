@@ -15,8 +15,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepwire_client.aio import AsyncClient, AsyncGenerationStream
-    from stepwire_client.client import Client, GenerationStream, PendingGeneration
+    from stepwire_client.aio import AsyncClient
+    from stepwire_client.aio_streams import AsyncGenerationStream
+    from stepwire_client.client import Client
     from stepwire_client.credentials import Credentials
     from stepwire_client.errors import StepwireError
     from stepwire_client.events import (
@@ -34,13 +35,16 @@ if TYPE_CHECKING:
         TokenLogprob,
         Usage,
     )
+    from stepwire_client.generation_stream import GenerationStream
     from stepwire_client.llm import LLM
     from stepwire_client.local_cluster import ClusterConfig, LocalCluster
     from stepwire_client.params import ChatMessage, Prompt, SamplingParams
+    from stepwire_client.pending_generation import PendingGeneration
 
 _MODULES = {
-    "aio": ("AsyncClient", "AsyncGenerationStream"),
-    "client": ("Client", "GenerationStream", "PendingGeneration"),
+    "aio": ("AsyncClient",),
+    "aio_streams": ("AsyncGenerationStream",),
+    "client": ("Client",),
     "credentials": ("Credentials",),
     "errors": ("StepwireError",),
     "events": (
@@ -58,9 +62,11 @@ _MODULES = {
         "TokenLogprob",
         "Usage",
     ),
+    "generation_stream": ("GenerationStream",),
     "llm": ("LLM",),
     "local_cluster": ("ClusterConfig", "LocalCluster"),
     "params": ("ChatMessage", "Prompt", "SamplingParams"),
+    "pending_generation": ("PendingGeneration",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

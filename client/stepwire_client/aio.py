@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -14,72 +14,30 @@ from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire.scheduler.v1 import generation_pb2_grpc as pb_grpc
 
 from stepwire_client import conversion, readiness
+from stepwire_client.aio_streams import AsyncCancellations, AsyncGenerationStream, StreamCall
 from stepwire_client.client import CHANNEL_OPTIONS, DEFAULT_ADDRESS, new_request_id
 from stepwire_client.credentials import NO_CREDENTIALS, Credentials
-from stepwire_client.errors import RequestCancelledError, UnavailableError
-from stepwire_client.events import Event, Generation, ModelInfo
+from stepwire_client.errors import RequestCancelledError, RpcError, UnavailableError
+from stepwire_client.events import Generation, ModelInfo
 from stepwire_client.params import ChatMessage, Prompt, SamplingParams
+from stepwire_client.resumption import (
+    DEFAULT_RESUME_TIMEOUT_S,
+    DEFAULT_RESUME_WINDOW_S,
+    ResumePolicy,
+    Resumption,
+)
 from stepwire_client.rpc_errors import error_from_rpc
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
-class AsyncGenerationStream(AsyncIterator[Event]):
-    """The events of one request, in order: Queued, Scheduled, Output …, Completed.
-
-    Ends the call when it is closed, used up, left as a context manager, collected, or when the
-    task that waits for an event is cancelled.
-    """
-
-    def __init__(
-        self,
-        call: grpc.aio.UnaryStreamCall[pb.GenerateStreamRequest, pb.GenerateStreamResponse],
-        *,
-        request_id: str,
-        address: str,
-    ) -> None:
-        self.request_id = request_id
-        self._call = call
-        self._responses = aiter(call)
-        self._address = address
-        self._is_cancelled = False
-
-    async def __anext__(self) -> Event:
-        try:
-            return conversion.from_stream_response(await anext(self._responses))
-        except grpc.RpcError as error:
-            raise error_from_rpc(error, address=self._address) from None
-        except asyncio.CancelledError:
-            # grpc.aio raises this both for the task and for its own call.
-            if self._is_cancelled:
-                raise RequestCancelledError("the call was cancelled", code="CANCELLED") from None
-            self.cancel()
-            raise
-
-    def cancel(self) -> None:
-        """End the call; the server frees what the request held."""
-        self._is_cancelled = True
-        self._call.cancel()
-
-    async def aclose(self) -> None:
-        """End the call."""
-        self.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        # grpc.aio's own tasks keep a call that nobody reads alive, and with it the request.
-        with contextlib.suppress(RuntimeError):  # the event loop is closed, the call with it
-            self.cancel()
-
-
 class AsyncClient:
-    """Speaks to one scheduler from one event loop."""
+    """Speaks to one scheduler from one event loop.
+
+    Streams and generations survive the loss of their connection: they are sent again under the
+    same request id and go on, or bring the same answer.
+    """
 
     def __init__(
         self,
@@ -87,17 +45,23 @@ class AsyncClient:
         *,
         credentials: Credentials = NO_CREDENTIALS,
         channel: grpc.aio.Channel | None = None,
+        resume_timeout_s: float = DEFAULT_RESUME_TIMEOUT_S,
+        resume_window_s: float = DEFAULT_RESUME_WINDOW_S,
     ) -> None:
         """Connect lazily to host:port.
 
         credentials: TLS and token. A channel of your own is not closed, and takes only the token.
-        Raises SettingError where a file cannot be used, or the token would be shown to others.
+        resume_timeout_s, resume_window_s: as of Client. Raises SettingError where a file cannot be
+        used, or the token would be shown to others.
         """
         self.address = address
         self._owns_channel = channel is None
         self._channel = channel or _open_channel(address, credentials)
         self._metadata = credentials.metadata
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        self._resume_policy = ResumePolicy(timeout_s=resume_timeout_s, window_s=resume_window_s)
+        self._cancellations = AsyncCancellations(self._stub, self._metadata)
+        self._open: weakref.WeakSet[AsyncGenerationStream] = weakref.WeakSet()
 
     async def generate(
         self,
@@ -108,14 +72,37 @@ class AsyncClient:
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> Generation:
-        """Generate to the end and return everything; raises RpcError."""
-        message = conversion.to_input(
-            prompt, params, request_id=request_id or new_request_id(), priority=priority
-        )
-        request = pb.GenerateRequest(input=message)
-        return conversion.from_generate_response(
-            await self._call(self._stub.Generate, request, timeout_s)
-        )
+        """Generate to the end and return everything; raises RpcError.
+
+        Cancelling the task that waits ends the request.
+        """
+        request_id = request_id or new_request_id()
+        message = conversion.to_input(prompt, params, request_id=request_id, priority=priority)
+        request = pb.GenerateRequest(input=message, resume_window_ms=self._resume_policy.window_ms)
+        resumption = Resumption(self._resume_policy, timeout_s=timeout_s)
+        try:
+            response = await self._call_until_answered(request, resumption)
+        except BaseException as error:
+            was_left = isinstance(error, asyncio.CancelledError) or resumption.may_still_run
+            if was_left and resumption.is_on:
+                self._cancellations.send(request_id)
+            raise
+        return conversion.from_generate_response(response)
+
+    async def _call_until_answered(
+        self, request: pb.GenerateRequest, resumption: Resumption
+    ) -> pb.GenerateResponse:
+        while True:
+            timeout_s = resumption.start_call()
+            try:
+                return await self._call(self._stub.Generate, request, timeout_s)
+            except grpc.aio.UsageError:  # so says gRPC of a closed channel
+                raise RequestCancelledError("the client is closed", code="CANCELLED") from None
+            except RpcError as error:
+                delay_s = resumption.delay_after(error)
+                if delay_s is None:
+                    raise
+            await asyncio.sleep(delay_s)
 
     def stream(
         self,
@@ -129,10 +116,22 @@ class AsyncClient:
         """Generate and iterate over events as they happen; iteration raises RpcError."""
         request_id = request_id or new_request_id()
         message = conversion.to_input(prompt, params, request_id=request_id, priority=priority)
-        call = self._stub.GenerateStream(
-            pb.GenerateStreamRequest(input=message), timeout=timeout_s, metadata=self._metadata
+
+        def start_call(from_seq: int, timeout_s: float | None) -> StreamCall:
+            request = pb.GenerateStreamRequest(
+                input=message, from_seq=from_seq, resume_window_ms=self._resume_policy.window_ms
+            )
+            return self._stub.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
+
+        stream = AsyncGenerationStream(
+            start_call,
+            resumption=Resumption(self._resume_policy, timeout_s=timeout_s),
+            cancellations=self._cancellations,
+            request_id=request_id,
+            address=self.address,
         )
-        return AsyncGenerationStream(call, request_id=request_id, address=self.address)
+        self._open.add(stream)
+        return stream
 
     async def cancel(self, *request_ids: str, timeout_s: float | None = 10.0) -> list[str]:
         """End requests; returns the ids of those that were queued or running."""
@@ -192,7 +191,10 @@ class AsyncClient:
         raise readiness.timed_out(last, timeout_s=timeout_s, address=self.address)
 
     async def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """End the requests under way, then close the connection."""
+        for stream in list(self._open):
+            stream.cancel()
+        await self._cancellations.flush()
         if self._owns_channel:
             await self._channel.close()
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import grpc
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire.scheduler.v1 import generation_pb2_grpc as pb_grpc
 
 from stepwire_client import conversion, readiness
+from stepwire_client.cancellations import Cancellations
 from stepwire_client.credentials import NO_CREDENTIALS, Credentials
-from stepwire_client.errors import RequestCancelledError, UnavailableError
-from stepwire_client.events import Event, Generation, ModelInfo
+from stepwire_client.errors import UnavailableError
+from stepwire_client.events import Generation, ModelInfo
+from stepwire_client.generation_stream import GenerationStream, StreamCall
 from stepwire_client.params import ChatMessage, Prompt, SamplingParams
+from stepwire_client.pending_generation import PendingGeneration
+from stepwire_client.resumption import (
+    DEFAULT_RESUME_TIMEOUT_S,
+    DEFAULT_RESUME_WINDOW_S,
+    ResumePolicy,
+    Resumption,
+)
 from stepwire_client.rpc_errors import error_from_rpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -27,95 +38,22 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # In spite of its name, the longest that one attempt may take, TLS over a long way included.
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # A connection that lost its server without a word is noticed, while calls wait on it.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
-class _StreamCall(Protocol):
-    def __next__(self) -> pb.GenerateStreamResponse: ...
-    def cancel(self) -> object: ...
-
-
-class PendingGeneration:
-    """A generation under way; ends the call when it is collected before it is done."""
-
-    def __init__(
-        self, call: grpc.Future[pb.GenerateResponse], *, request_id: str, address: str
-    ) -> None:
-        self.request_id = request_id
-        self._call = call
-        self._address = address
-
-    def result(self) -> Generation:
-        """Wait for the end; raises RpcError. An interrupted wait ends the call."""
-        try:
-            return conversion.from_generate_response(self._call.result())
-        except grpc.FutureCancelledError:
-            raise RequestCancelledError("the call was cancelled", code="CANCELLED") from None
-        except grpc.RpcError as error:
-            raise error_from_rpc(error, address=self._address) from None
-        except (KeyboardInterrupt, SystemExit):
-            self.cancel()
-            raise
-
-    def on_done(self, callback: Callable[[], None]) -> None:
-        """Call back, in a thread of gRPC's, once result() will not wait."""
-        self._call.add_done_callback(lambda _: callback())
-
-    def cancel(self) -> None:
-        """End the call; the server frees what the request held."""
-        self._call.cancel()
-
-    def __del__(self) -> None:
-        self.cancel()
-
-
-class GenerationStream(Iterator[Event]):
-    """The events of one request, in order: Queued, Scheduled, Output …, Completed.
-
-    Ends the call when it is closed, used up, left as a context manager or collected.
-    """
-
-    def __init__(
-        self,
-        call: _StreamCall,
-        *,
-        request_id: str,
-        address: str,
-    ) -> None:
-        self.request_id = request_id
-        self._call = call
-        self._address = address
-
-    def __next__(self) -> Event:
-        try:
-            return conversion.from_stream_response(next(self._call))
-        except grpc.RpcError as error:
-            raise error_from_rpc(error, address=self._address) from None
-        except (KeyboardInterrupt, SystemExit):
-            self.cancel()
-            raise
-
-    def cancel(self) -> None:
-        """End the call; the server frees what the request held."""
-        self._call.cancel()
-
-    close = cancel
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        self.cancel()
-
-
 class Client:
-    """Speaks to one scheduler; safe to share between threads."""
+    """Speaks to one scheduler; safe to share between threads.
+
+    Streams and generations survive the loss of their connection: they are sent again under the
+    same request id and go on, or bring the same answer.
+    """
 
     def __init__(
         self,
@@ -123,10 +61,15 @@ class Client:
         *,
         credentials: Credentials = NO_CREDENTIALS,
         channel: grpc.Channel | None = None,
+        resume_timeout_s: float = DEFAULT_RESUME_TIMEOUT_S,
+        resume_window_s: float = DEFAULT_RESUME_WINDOW_S,
     ) -> None:
         """Connect lazily to host:port.
 
         credentials: TLS and token. A channel of your own is not closed, and takes only the token.
+        resume_timeout_s: how long to try to go on with a request whose connection broke; 0: a
+        request ends with its connection. resume_window_s: how long the server goes on with a
+        request that this client stopped reading without a word.
         Raises SettingError where a file cannot be used, or the token would be shown to others.
         """
         self.address = address
@@ -134,6 +77,10 @@ class Client:
         self._channel = channel or _open_channel(address, credentials)
         self._metadata = credentials.metadata
         self._stub = pb_grpc.GenerationServiceStub(self._channel)
+        self._resume_policy = ResumePolicy(timeout_s=resume_timeout_s, window_s=resume_window_s)
+        self._cancellations = Cancellations(self._stub, self._metadata)
+        self._open: weakref.WeakSet[GenerationStream | PendingGeneration] = weakref.WeakSet()
+        self._open_lock = threading.Lock()
 
     def generate(
         self,
@@ -161,10 +108,18 @@ class Client:
         """Start a generation and return without waiting for it."""
         request_id = request_id or new_request_id()
         message = conversion.to_input(prompt, params, request_id=request_id, priority=priority)
-        call = self._stub.Generate.future(
-            pb.GenerateRequest(input=message), timeout=timeout_s, metadata=self._metadata
+        request = pb.GenerateRequest(input=message, resume_window_ms=self._resume_policy.window_ms)
+        pending = PendingGeneration(
+            lambda timeout_s: self._stub.Generate.future(
+                request, timeout=timeout_s, metadata=self._metadata
+            ),
+            resumption=Resumption(self._resume_policy, timeout_s=timeout_s),
+            cancellations=self._cancellations,
+            request_id=request_id,
+            address=self.address,
         )
-        return PendingGeneration(call, request_id=request_id, address=self.address)
+        self._note_open(pending)
+        return pending
 
     def stream(
         self,
@@ -178,10 +133,24 @@ class Client:
         """Generate and iterate over events as they happen; iteration raises RpcError."""
         request_id = request_id or new_request_id()
         message = conversion.to_input(prompt, params, request_id=request_id, priority=priority)
-        call = self._stub.GenerateStream(
-            pb.GenerateStreamRequest(input=message), timeout=timeout_s, metadata=self._metadata
+
+        def start_call(from_seq: int, timeout_s: float | None) -> StreamCall:
+            request = pb.GenerateStreamRequest(
+                input=message, from_seq=from_seq, resume_window_ms=self._resume_policy.window_ms
+            )
+            # gRPC's stubs do not know that a call is its own iterator.
+            call = self._stub.GenerateStream(request, timeout=timeout_s, metadata=self._metadata)
+            return cast("StreamCall", call)
+
+        stream = GenerationStream(
+            start_call,
+            resumption=Resumption(self._resume_policy, timeout_s=timeout_s),
+            cancellations=self._cancellations,
+            request_id=request_id,
+            address=self.address,
         )
-        return GenerationStream(call, request_id=request_id, address=self.address)
+        self._note_open(stream)
+        return stream
 
     def cancel(self, *request_ids: str, timeout_s: float | None = 10.0) -> list[str]:
         """End requests; returns the ids of those that were queued or running."""
@@ -239,7 +208,12 @@ class Client:
         raise readiness.timed_out(last, timeout_s=timeout_s, address=self.address)
 
     def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """End the requests under way, then close the connection."""
+        with self._open_lock:
+            still_open = list(self._open)
+        for each in still_open:
+            each.cancel()
+        self._cancellations.flush()
         if self._owns_channel:
             self._channel.close()
 
@@ -253,6 +227,10 @@ class Client:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _note_open(self, request: GenerationStream | PendingGeneration) -> None:
+        with self._open_lock:
+            self._open.add(request)
 
     def _call(
         self,

@@ -7,12 +7,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 from stepwire_client.errors import SettingError
 
 if TYPE_CHECKING:
     import grpc
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+"""Of a call: keys and values."""
 
 _TRUE = {"1", "true", "yes", "on"}
 _PEM = b"-----BEGIN "
@@ -103,7 +106,7 @@ class Credentials:
         return tuple(options)
 
     @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
+    def metadata(self) -> Metadata:
         """What each call carries."""
         # Not gRPC's call credentials: those are refused on plain text, loopback too.
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)

@@ -10,7 +10,8 @@ StepwireError
 │   ├── RequestCancelledError     the caller ended the call
 │   ├── AuthenticationError       the server wants a token, or another one
 │   ├── TlsError                  client and server do not trust each other's certificates
-│   ├── AbortedError              the server gave the request up; it may be sent again
+│   ├── AbortedError              the server gave the call up, or another call has taken over
+│   ├── NotRetainedError          the server no longer has what was to be resumed
 │   └── ServerError               anything else: a fault of the server
 ├── ModelError                    a model cannot be had
 │   ├── UnknownModelError         neither a known name nor a path
@@ -57,13 +58,18 @@ class RpcError(StepwireError):
         reason: str = "",
         field_violations: tuple[FieldViolation, ...] = (),
         retry_after_s: float | None = None,
+        is_unreached: bool = False,
     ) -> None:
-        """code: name of the gRPC status; reason: ErrorInfo.reason, "" where there is none."""
+        """code: name of the gRPC status; reason: ErrorInfo.reason, "" where there is none.
+
+        is_unreached: no connection to a server came about.
+        """
         super().__init__(message)
         self.code = code
         self.reason = reason
         self.field_violations = field_violations
         self.retry_after_s = retry_after_s
+        self.is_unreached = is_unreached
 
     def __str__(self) -> str:
         message = super().__str__()
@@ -104,7 +110,11 @@ class TlsError(RpcError):
 
 
 class AbortedError(RpcError):
-    """The server gave the request up; it may be sent again."""
+    """The server gave the call up, as its output was not read, or another call has taken over."""
+
+
+class NotRetainedError(RpcError):
+    """The server no longer has the request that was to be resumed; send it anew."""
 
 
 class ServerError(RpcError):

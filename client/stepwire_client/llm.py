@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Self, cast
 
 from stepwire_client import models
-from stepwire_client.client import Client, PendingGeneration
+from stepwire_client.client import Client
 from stepwire_client.cluster_config import (
     ClusterConfig,
     Dtype,
@@ -23,6 +23,7 @@ from stepwire_client.errors import ResourceExhaustedError
 from stepwire_client.events import Generation, ModelInfo
 from stepwire_client.local_cluster import LocalCluster
 from stepwire_client.params import ChatMessage, Prompt, SamplingParams
+from stepwire_client.pending_generation import PendingGeneration
 
 REQUEST_TIMEOUT_S = 600.0
 """The longest a scheduler grants."""

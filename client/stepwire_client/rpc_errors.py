@@ -12,10 +12,12 @@ from google.rpc import error_details_pb2, status_pb2
 from stepwire_client import errors
 
 DETAILS_KEY = "grpc-status-details-bin"
+_NO_CONNECTION = ("failed to connect", "connection refused", "dns resolution")
+"""What gRPC's own text says where no connection stands; a server's text never does."""
 
 ERRORS: dict[grpc.StatusCode, type[errors.RpcError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgumentError,
-    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidArgumentError,
+    grpc.StatusCode.OUT_OF_RANGE: errors.NotRetainedError,
     grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExistsError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
@@ -58,7 +60,9 @@ def error_from_rpc(status: grpc.RpcError, *, address: str) -> errors.RpcError:
         elif isinstance(detail, error_details_pb2.ErrorInfo):
             reason = detail.reason
     error_type = ERRORS.get(code, errors.ServerError)
-    if code is grpc.StatusCode.UNAVAILABLE and not reason and _is_transport(message):
+    is_unavailable = code is grpc.StatusCode.UNAVAILABLE and not reason
+    is_unreached = is_unavailable and any(sign in message.lower() for sign in _NO_CONNECTION)
+    if is_unreached or (is_unavailable and "connection reset" in message.lower()):
         fault = next((text for sign, text in _TLS_FAULTS.items() if sign in message), None)
         if fault is not None:
             error_type, message = errors.TlsError, fault.format(address=address)
@@ -85,13 +89,8 @@ def error_from_rpc(status: grpc.RpcError, *, address: str) -> errors.RpcError:
         reason=reason,
         field_violations=tuple(violations),
         retry_after_s=retry_after_s,
+        is_unreached=is_unreached,
     )
-
-
-def _is_transport(message: str) -> bool:
-    """Whether gRPC's own text says that no connection stands; a server's text never does."""
-    signs = ("failed to connect", "connection refused", "connection reset", "dns resolution")
-    return any(sign in message.lower() for sign in signs)
 
 
 def _is_unreachable(message: str) -> bool:

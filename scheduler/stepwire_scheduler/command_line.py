@@ -19,7 +19,12 @@ _FLAG_OF_FIELD = {
     "executor_addresses": "executor",
     "standby_executor_addresses": "standby_executor",
 }
-_AT_LEAST_ZERO = {"max_resumes", "drain_timeout_ms"}
+_AT_LEAST_ZERO = {
+    "max_resumes",
+    "drain_timeout_ms",
+    "resume_retention_ms",
+    "max_retained_bytes",
+}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 

@@ -58,6 +58,10 @@ class SchedulerConfig:
     """Output of a request that may wait for its client."""
     unread_timeout_ms: int = 30_000
     """How long it may wait, once above that."""
+    resume_retention_ms: int = 60_000
+    """Longest time that a request goes on, and its output is kept, without a reader."""
+    max_retained_bytes: int = 67_108_864
+    """Output kept for clients that may come back; the oldest is forgotten first."""
     plan_log: str | None = None
     """File that gets every plan and result, prompts' tokens included, for the executor's replay."""
     plan_log_max_bytes: int = 67_108_864

@@ -12,6 +12,7 @@ SchedulerError
 ├── TextTooLongError          more tokens than allowed; becomes InvalidRequestError
 ├── DuplicateRequestError     its id is still running
 ├── UnauthenticatedError      the call brings no valid token
+├── NotRetainedError          nothing, or not this, is kept to resume; send it anew
 ├── QueueFullError            too much waits already; retry later
 ├── QuotaExceededError        the tenant has too many requests under way; retry later
 ├── UnavailableError          nothing can run now; retry later
@@ -19,7 +20,9 @@ SchedulerError
 │   ├── DrainingError             the scheduler ends
 │   └── ExecutorLostError         executors failed under the request too often
 ├── DeadlineExceededError     its deadline passed, queued or running
-├── SlowReaderError           its output was not read for too long
+├── ReaderAbortedError        the call ends and the request may live on
+│   ├── SlowReaderError           its output was not read for too long
+│   └── TakenOverError            another call reads it now
 └── InternalError             a defect, or the executor could not go on with the request
 
 A message is one line for the client: no path, no stack trace, nothing of the prompt.
@@ -138,6 +141,12 @@ class UnauthenticatedError(SchedulerError):
     reason = "UNAUTHENTICATED"
 
 
+class NotRetainedError(SchedulerError):
+    """A call would resume what is not there: never sent, of another input, or forgotten."""
+
+    reason = "NOT_RETAINED"
+
+
 class QueueFullError(SchedulerError):
     """The queue's bound in requests or tokens is reached."""
 
@@ -186,10 +195,20 @@ class DeadlineExceededError(SchedulerError):
     reason = "DEADLINE_EXCEEDED"
 
 
-class SlowReaderError(SchedulerError):
+class ReaderAbortedError(SchedulerError):
+    """The call ends; a request with a resume window lives on."""
+
+
+class SlowReaderError(ReaderAbortedError):
     """The client left too much output unread for too long."""
 
     reason = "SLOW_READER"
+
+
+class TakenOverError(ReaderAbortedError):
+    """Another call attached to the request."""
+
+    reason = "TAKEN_OVER"
 
 
 class InternalError(SchedulerError):
@@ -202,11 +221,12 @@ STATUS: dict[type[SchedulerError], StatusCode] = {
     InvalidRequestError: StatusCode.INVALID_ARGUMENT,
     DuplicateRequestError: StatusCode.ALREADY_EXISTS,
     UnauthenticatedError: StatusCode.UNAUTHENTICATED,
+    NotRetainedError: StatusCode.OUT_OF_RANGE,
     QueueFullError: StatusCode.RESOURCE_EXHAUSTED,
     QuotaExceededError: StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: StatusCode.UNAVAILABLE,
     DeadlineExceededError: StatusCode.DEADLINE_EXCEEDED,
-    SlowReaderError: StatusCode.ABORTED,
+    ReaderAbortedError: StatusCode.ABORTED,
 }
 
 

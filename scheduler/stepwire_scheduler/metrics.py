@@ -65,6 +65,11 @@ class Metrics:
         self._finished = self._counter(
             "requests_finished", "Requests that ended.", "finished_reason"
         )
+        self._resumed = self._counter("streams_resumed", "Calls that went on with a request.")
+        self._detached = self._gauge("requests_detached", "Requests that run and nobody reads.")
+        self._retained_bytes = self._gauge(
+            "retained_output_bytes", "Output that is kept for clients that may come back."
+        )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._output_tokens = self._counter("output_tokens", "Tokens generated.")
         # Their label takes only the names in --auth-tokens-file, never what a client sends.
@@ -167,6 +172,14 @@ class Metrics:
             self._tenant_requests.labels(tenant).inc()
             self._tenant_prompt_tokens.labels(tenant).inc(prompt_tokens)
             self._tenant_output_tokens.labels(tenant).inc(output_tokens)
+
+    def on_stream_resumed(self) -> None:
+        self._resumed.inc()
+
+    def set_retained(self, *, num_detached: int, num_bytes: int) -> None:
+        """What waits for clients to come back."""
+        self._detached.set(num_detached)
+        self._retained_bytes.set(num_bytes)
 
     def on_preemption(self, num_sequences: int = 1) -> None:
         self._preemptions.inc(num_sequences)

@@ -1,60 +1,35 @@
-"""What a request's reader sees: events, bounded and coalesced, then usage and timings."""
+"""A request's output on its way to one reader at a time, then usage and timings."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-from stepwire_scheduler.errors import SchedulerError
+from stepwire_scheduler.errors import NotRetainedError, SchedulerError, TakenOverError
 from stepwire_scheduler.output import SequenceDelta
-from stepwire_scheduler.sequence import FinishReason, Logprobs, Request, Sequence
+from stepwire_scheduler.output_log import LogCursor, OutputLog, Scheduled, SequenceOutput
+from stepwire_scheduler.sequence import Request, RequestKey, SamplingParams, Sequence
+from stepwire_scheduler.usage import Timings, Usage
+
+__all__ = ["Queued", "RequestStream", "Scheduled", "SequenceOutput", "StreamReader"]
 
 _BYTES_PER_TOKEN = 8
 """What a token id and its share of a message count for in the bound on unread output."""
+_MAX_READ_EVENTS = 64
+"""Events that have been read and are still held where nobody can ask for them again."""
+_BYTES_PER_STREAM = 2_048
+"""Of the objects around a log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scheduled:
-    """A sequence got its first step."""
+class Queued:
+    """What the stream's first event tells, whenever it is read."""
 
-    index: int
-    queue_ms: float
-    num_cached_tokens: int
-
-
-@dataclass(slots=True, kw_only=True)
-class SequenceOutput:
-    """More of one sequence; grows while nobody reads it."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[Logprobs]
-    finish_reason: FinishReason | None = None
-    stop_string: str | None = None
-    stop_token_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+    queued_unix_ms: int
     num_prompt_tokens: int
-    num_output_tokens: int
-    """Over all sequences."""
-    num_cached_tokens: int
-    """Of the first sequence."""
-    num_preemptions: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timings:
-    """From the request's arrival, milliseconds; tpot_ms is of the longest sequence."""
-
-    queue_ms: float
-    ttft_ms: float
-    tpot_ms: float
-    e2e_ms: float
+    num_waiting: int
 
 
 @dataclass(slots=True)
@@ -68,17 +43,13 @@ class _Progress:
     is_finished: bool = False
 
 
-@dataclass(slots=True)
-class _Unread:
-    events: deque[Scheduled | SequenceOutput] = field(default_factory=deque)
-    num_bytes: int = 0
-
-
 class RequestStream:
-    """The events of one request; iterate it, then read usage and timings.
+    """The events of one request, numbered; iterate a reader, then read usage and timings.
 
-    Unread output of a sequence is merged, so a slow reader costs its text, not events. Closing
-    it early cancels the request.
+    Unread output of a sequence is merged, so a slow reader costs its text, not events. Without
+    a resume window, what has been read is dropped and a reader that leaves takes the request
+    with it. With one, all of it stays (max_tokens bounds it), readers may come and go, and each
+    begins at the event that it names.
     """
 
     def __init__(
@@ -89,106 +60,159 @@ class RequestStream:
         max_unread_bytes: int,
         on_close: Callable[[RequestStream], None],
     ) -> None:
+        """on_close: the reader has left, or has read everything."""
         self.request = request
         self.progress = [_Progress(sequence) for sequence in sequences]
         self.over_bound_since_ms: float | None = None
-        """Since when more than max_unread_bytes have been unread."""
+        """Since when the reader has had more than max_unread_bytes before it."""
+        self.resume_window_ms = request.resume_window_ms
+        """How long it may be without a reader, as its latest one said."""
+        self.is_resumable = request.resume_window_ms > 0
+        self.detached_since_ms: float | None = None
+        """Since when a resumable request has had no reader."""
+        self.is_delivered = False
+        """Whether a reader has been sent all of it."""
+        self.queued: Queued | None = None
+        """Set by who queues it."""
         self._max_unread_bytes = max_unread_bytes
         self._on_close = on_close
-        self._unread = _Unread()
+        self._log = OutputLog(len(sequences))
+        self._num_unread_bytes = 0
+        self._reader: StreamReader | None = None
         self._changed = asyncio.Event()
         self._error: SchedulerError | None = None
         self._end_ms: float | None = None
+        self._final: tuple[Usage, Timings] | None = None
+
+    @property
+    def key(self) -> RequestKey:
+        return self.request.key
 
     # For the step loop
 
     def publish_scheduled(self, sequence: Sequence, now_ms: float) -> None:
         """Tell of a sequence's first step."""
-        self._append(
+        self._log.append_scheduled(
             Scheduled(
                 index=sequence.index,
                 queue_ms=now_ms - self.request.arrival_ms,
                 num_cached_tokens=sequence.num_cached_tokens,
             )
         )
+        self._changed.set()
 
     def publish(self, index: int, delta: SequenceDelta, now_ms: float) -> None:
         """Add to a sequence's output."""
         progress = self.progress[index]
         assert not progress.is_finished, self.request.request_id
-        if delta.token_ids:
-            progress.num_output_tokens += len(delta.token_ids)
+        num_tokens = len(delta.token_ids)
+        if num_tokens:
+            progress.num_output_tokens += num_tokens
             if progress.first_token_ms is None:
                 progress.first_token_ms = now_ms
             progress.last_token_ms = now_ms
-        progress.is_finished = delta.finish_reason is not None
-        unread = self._unread
-        unread.num_bytes += len(delta.text) + _BYTES_PER_TOKEN * len(delta.token_ids)
-        unread.num_bytes += _BYTES_PER_TOKEN * sum(
-            2 + 2 * len(entry.top_token_ids) for entry in delta.logprobs
-        )
-        if unread.num_bytes > self._max_unread_bytes and self.over_bound_since_ms is None:
-            self.over_bound_since_ms = now_ms
-        for event in unread.events:
-            if isinstance(event, SequenceOutput) and event.index == index:
-                event.text += delta.text
-                event.token_ids.extend(delta.token_ids)
-                event.logprobs.extend(delta.logprobs)
-                event.finish_reason = delta.finish_reason
-                event.stop_string = delta.stop_string
-                event.stop_token_id = delta.stop_token_id
-                self._changed.set()
-                return
-        self._append(
-            SequenceOutput(
-                index=index,
-                text=delta.text,
-                token_ids=list(delta.token_ids),
-                logprobs=list(delta.logprobs),
-                finish_reason=delta.finish_reason,
-                stop_string=delta.stop_string,
-                stop_token_id=delta.stop_token_id,
+        if delta.finish_reason is not None:
+            progress.is_finished = True
+        self._log.append(index, delta)
+        num_bytes = len(delta.text) + _BYTES_PER_TOKEN * num_tokens
+        if delta.logprobs:
+            num_bytes += _BYTES_PER_TOKEN * sum(
+                2 + 2 * len(entry.top_token_ids) for entry in delta.logprobs
             )
-        )
+        self._num_unread_bytes += num_bytes
+        if (
+            self._num_unread_bytes > self._max_unread_bytes
+            and self.over_bound_since_ms is None
+            and self.detached_since_ms is None
+        ):
+            self.over_bound_since_ms = now_ms
+        self._changed.set()
 
     def end(self, now_ms: float, error: SchedulerError | None = None) -> None:
-        """Close the stream; the reader gets what is unread, then the error if there is one."""
+        """Close the stream; readers get what there is, then the error if there is one."""
         if self._end_ms is None:
             self._end_ms = now_ms
             self._error = error
             self._changed.set()
 
+    def compact(self) -> None:
+        """Let go of the prompt and the sequences of an ended request: its output is enough."""
+        assert self._end_ms is not None
+        self._final = self.usage, self.timings
+        self.progress = []
+        params = self.request.sampling_params
+        self.request = replace(
+            self.request,
+            prompt_token_ids=array("I"),
+            sampling_params=SamplingParams(max_tokens=params.max_tokens, n=params.n),
+        )
+
     @property
     def has_ended(self) -> bool:
         return self._end_ms is not None
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that its output takes."""
+        return _BYTES_PER_STREAM + self._log.num_bytes
+
     # For the reader
 
-    def __aiter__(self) -> RequestStream:
-        return self
+    def attach(self, from_seq: int = 0) -> StreamReader:
+        """A reader of events from that number on; takes the place of the one before.
 
-    async def __anext__(self) -> Scheduled | SequenceOutput:
-        """The next event; raises the SchedulerError that ended the request, if one did."""
-        while not self._unread.events:
-            if self._end_ms is not None:
-                if self._error is not None:
-                    raise self._error
-                raise StopAsyncIteration
-            self._changed.clear()
-            await self._changed.wait()
-        event = self._unread.events.popleft()
-        if not self._unread.events:
-            self._unread.num_bytes = 0
-            self.over_bound_since_ms = None
-        return event
+        Raises NotRetainedError where from_seq is more than one past what has been read.
+        """
+        log = self._log
+        position = max(0, from_seq - 1)
+        last = log.num_sealed
+        if self.has_ended and last == log.num_events:
+            last += 1  # behind the completed event, too
+        if not log.num_forgotten <= position <= last:
+            raise NotRetainedError(
+                f"request {self.request.request_id} has sent nothing before event {from_seq}"
+            )
+        self._dismiss(TakenOverError("another call reads this request now"))
+        cursor = LogCursor(log, min(position, log.num_events))
+        self._reader = StreamReader(self, cursor, from_seq)
+        self.detached_since_ms = None
+        return self._reader
+
+    def detach(self, now_ms: float, error: SchedulerError | None = None) -> None:
+        """Go on without a reader; the one that there is gets the error, if it still asks."""
+        self._dismiss(error)
+        self.detached_since_ms = now_ms
 
     def close(self) -> None:
-        """Cancel the request if it still runs; safe to repeat."""
-        if self._end_ms is None:
-            self._on_close(self)
+        """The reader leaves: ends the request, unless it may be resumed; safe to repeat."""
+        self._reader = None
+        self._on_close(self)
+
+    @property
+    def has_reader(self) -> bool:
+        return self._reader is not None
+
+    def __aiter__(self) -> StreamReader:
+        return self.attach(self._log.num_forgotten)
+
+    def _dismiss(self, error: SchedulerError | None) -> None:
+        if self._reader is not None:
+            self._reader.dismissal = error
+            self._reader = None
+            self._changed.set()
+        self._num_unread_bytes = 0
+        self.over_bound_since_ms = None
+
+    @property
+    def completed_seq(self) -> int:
+        """Number of the event that tells usage and timings, once the request has ended."""
+        assert self._end_ms is not None
+        return self._log.num_events + 1
 
     @property
     def usage(self) -> Usage:
+        if self._final is not None:
+            return self._final[0]
         sequences = [progress.sequence for progress in self.progress]
         return Usage(
             num_prompt_tokens=len(self.request.prompt_token_ids),
@@ -199,6 +223,8 @@ class RequestStream:
 
     @property
     def timings(self) -> Timings:
+        if self._final is not None:
+            return self._final[1]
         arrival_ms = self.request.arrival_ms
         end_ms = self._end_ms if self._end_ms is not None else arrival_ms
         started = [
@@ -224,6 +250,55 @@ class RequestStream:
             e2e_ms=end_ms - arrival_ms,
         )
 
-    def _append(self, event: Scheduled | SequenceOutput) -> None:
-        self._unread.events.append(event)
-        self._changed.set()
+
+class StreamReader:
+    """One call's way through a request's events; iterate it."""
+
+    def __init__(self, stream: RequestStream, cursor: LogCursor, from_seq: int) -> None:
+        self.stream = stream
+        self.from_seq = from_seq
+        """The first event that it wants: 0 is the queued event, which is not iterated."""
+        self.dismissal: SchedulerError | None = None
+        """Why it may not read on."""
+        self._cursor = cursor
+
+    @property
+    def seq(self) -> int:
+        """Number of the event that was read last."""
+        return self._cursor.position
+
+    def __aiter__(self) -> StreamReader:
+        return self
+
+    async def __anext__(self) -> Scheduled | SequenceOutput:
+        """The next event; raises the SchedulerError that ended the request, if one did.
+
+        Raises TakenOverError where another reader came, SlowReaderError where this one is given
+        up while the request goes on.
+        """
+        stream, cursor = self.stream, self._cursor
+        log = stream._log
+        while True:
+            if self.dismissal is not None:
+                raise self.dismissal
+            if cursor.position < log.num_events:
+                break
+            if stream._end_ms is not None:
+                if stream._error is not None:
+                    stream.is_delivered = True
+                    raise stream._error.with_traceback(None)  # readers would pile theirs up
+                raise StopAsyncIteration
+            stream._changed.clear()
+            await stream._changed.wait()
+        event = cursor.read()
+        if cursor.position == log.num_events:
+            stream._num_unread_bytes = 0
+            stream.over_bound_since_ms = None
+            if not stream.is_resumable and cursor.position - log.num_forgotten >= _MAX_READ_EVENTS:
+                cursor.forget_read()
+        return event
+
+    def close(self) -> None:
+        """Leave; the request ends unless it may be resumed. Nothing where another reads it."""
+        if self.stream._reader is self:
+            self.stream.close()

@@ -6,7 +6,12 @@ from collections.abc import Iterable
 
 from stepwire.scheduler.v1 import generation_pb2
 
-from stepwire_scheduler.request_stream import RequestStream, Scheduled, SequenceOutput
+from stepwire_scheduler.request_stream import (
+    Queued,
+    RequestStream,
+    Scheduled,
+    SequenceOutput,
+)
 from stepwire_scheduler.sequence import FinishReason, Logprobs
 
 _FINISH_REASONS = {
@@ -14,6 +19,15 @@ _FINISH_REASONS = {
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
 }
+
+
+def encode_queued(event: Queued) -> generation_pb2.Queued:
+    """The stream's first event."""
+    return generation_pb2.Queued(
+        queued_unix_ms=event.queued_unix_ms,
+        num_prompt_tokens=event.num_prompt_tokens,
+        num_waiting=event.num_waiting,
+    )
 
 
 def encode_scheduled(event: Scheduled) -> generation_pb2.Scheduled:

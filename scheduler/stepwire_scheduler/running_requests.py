@@ -13,15 +13,18 @@ from stepwire_scheduler.clock import now_ms
 from stepwire_scheduler.detokenizer import TokenBytes
 from stepwire_scheduler.errors import (
     DeadlineExceededError,
+    DuplicateRequestError,
     ExecutorLostError,
     InternalError,
+    NotRetainedError,
     SchedulerError,
     SlowReaderError,
 )
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.output import OutputAssembler
 from stepwire_scheduler.plan import SequenceUpdate, StepPlan
-from stepwire_scheduler.request_stream import RequestStream
+from stepwire_scheduler.request_stream import RequestStream, StreamReader
+from stepwire_scheduler.retained_outputs import RetainedOutputs
 from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 
 log = structlog.get_logger(__name__)
@@ -36,23 +39,33 @@ class _Entry:
 
 
 class RunningRequests:
-    """The requests by tenant and id, from acceptance to their one end."""
+    """The requests by tenant and id, from acceptance to their one end, and what is kept after it.
+
+    A resumable request whose reader left is detached: it goes on for its window. What has ended
+    and what is detached together take no more than max_retained_bytes.
+    """
 
     def __init__(
         self,
         metrics: Metrics,
         *,
         max_unread_bytes: int,
+        max_retained_bytes: int,
         finish_sequence: Callable[[Sequence, FinishReason], None],
     ) -> None:
         """finish_sequence ends a sequence in the planner; it may have ended already."""
         self._metrics = metrics
         self._max_unread_bytes = max_unread_bytes
         self._finish_sequence = finish_sequence
+        self._max_retained_bytes = max_retained_bytes
         self._entries: dict[RequestKey, _Entry] = {}
         self._num_of_tenant: Counter[str] = Counter()
-        self._is_empty = asyncio.Event()
-        self._is_empty.set()
+        self._detached: dict[RequestKey, int] = {}
+        """Bytes of those entries that nobody reads, the longest first; as of the last look."""
+        self._num_detached_bytes = 0
+        self._retained = RetainedOutputs()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
 
     def __contains__(self, key: RequestKey) -> bool:
         return key in self._entries
@@ -73,20 +86,132 @@ class RunningRequests:
             request,
             sequences,
             max_unread_bytes=self._max_unread_bytes,
-            on_close=lambda stream: self.end(stream.request.key, FinishReason.CANCELLED),
+            on_close=self._on_reader_left,
         )
         self._num_of_tenant[request.tenant] += 1
+        self._retained.forget(request.key)
         self._entries[request.key] = _Entry(
             stream=stream,
             assemblers=[OutputAssembler(tokenizer, request.sampling_params) for _ in sequences],
         )
-        self._is_empty.clear()
+        self._is_idle.clear()
         self._metrics.on_request_queued()
         return stream
 
     async def wait_until_none(self) -> None:
-        """Return once every request has ended."""
-        await self._is_empty.wait()
+        """Return once every request has ended and its client has it, or has stayed away."""
+        await self._is_idle.wait()
+
+    def _note_whether_idle(self) -> None:
+        if not self._entries and not self._retained.has_undelivered:
+            self._is_idle.set()
+
+    # Readers that come and go
+
+    def knows(self, key: RequestKey) -> bool:
+        """Whether a request runs, or its output is kept."""
+        return key in self._entries or self._retained.get(key) is not None
+
+    def attach(
+        self, key: RequestKey, input_digest: bytes, *, from_seq: int, resume_window_ms: int
+    ) -> StreamReader | None:
+        """Read a request on from an event; None where from_seq is 0 and it should be started.
+
+        Raises DuplicateRequestError where a request of that key runs and is not this one, or
+        the call does not ask to resume; NotRetainedError where from_seq cannot be had.
+        """
+        entry = self._entries.get(key)
+        stream = entry.stream if entry is not None else self._retained.get(key)
+        asks_to_resume = from_seq > 0 or resume_window_ms > 0
+        if (
+            asks_to_resume
+            and stream is not None
+            and stream.is_resumable
+            and stream.request.input_digest == input_digest
+        ):
+            reader = stream.attach(from_seq)
+            stream.resume_window_ms = resume_window_ms
+            self._note_attached(key)
+            self._metrics.on_stream_resumed()
+            return reader
+        if from_seq:
+            raise NotRetainedError(
+                f"nothing is kept of request {key[1]} to resume: its retention has passed, or it "
+                "never ran here as it is now; send it anew, with from_seq 0"
+            )
+        if entry is not None:
+            raise DuplicateRequestError(key[1])
+        return None
+
+    def _on_reader_left(self, stream: RequestStream) -> None:
+        entry = self._entries.get(stream.key)
+        if entry is None or entry.stream is not stream:
+            self._retained.start_window(stream, now_ms())
+            self._note_whether_idle()
+        elif stream.resume_window_ms:
+            self._detach(stream, now_ms())
+        else:
+            self.end(stream.key, FinishReason.CANCELLED)
+
+    def _detach(
+        self, stream: RequestStream, now: float, error: SchedulerError | None = None
+    ) -> None:
+        stream.detach(now, error)
+        self._detached[stream.key] = stream.num_bytes
+        self._num_detached_bytes += self._detached[stream.key]
+        log.info("request detached", request_id=stream.request.request_id)
+        self._keep_within_bound()
+
+    def _note_attached(self, key: RequestKey) -> None:
+        """It is read again, or has ended."""
+        self._num_detached_bytes -= self._detached.pop(key, 0)
+
+    def expire(self, now: float) -> None:
+        """End and forget what nobody came back for."""
+        for key in list(self._detached):
+            stream = self._entries[key].stream
+            since = stream.detached_since_ms
+            assert since is not None, key
+            if now - since >= stream.resume_window_ms:
+                self._abandon(key)
+            else:
+                self._detached[key] = stream.num_bytes
+        self._num_detached_bytes = sum(self._detached.values())
+        self._retained.expire(now)
+        self._keep_within_bound()
+        self._note_whether_idle()
+        self._metrics.set_retained(
+            num_detached=len(self._detached), num_bytes=self.num_retained_bytes
+        )
+
+    @property
+    def num_retained_bytes(self) -> int:
+        """Memory of outputs that wait for a client to come back."""
+        return self._num_detached_bytes + self._retained.num_bytes
+
+    def _keep_within_bound(self) -> None:
+        while self.num_retained_bytes > self._max_retained_bytes:
+            if self._retained:
+                self._retained.forget_oldest()
+            else:
+                self._abandon(next(iter(self._detached)))
+
+    def _abandon(self, key: RequestKey) -> None:
+        """End a request and keep nothing of it; a reader that it has gets the rest."""
+        self._entries[key].stream.is_resumable = False
+        self.end(key, FinishReason.CANCELLED)
+
+    def cancel(self, key: RequestKey) -> bool:
+        """End a request, or forget its output. False where it does not run."""
+        is_running = key in self._entries
+        if is_running:
+            self._abandon(key)
+        else:
+            self._retained.forget(key)
+            self._note_whether_idle()
+        return is_running
+
+    # Delivery
 
     def note_first_steps(self, plan: StepPlan, now: float) -> None:
         """Tell the readers of sequences that get their first step."""
@@ -99,12 +224,17 @@ class RunningRequests:
                 self._metrics.on_first_scheduled((now - sequence.request.arrival_ms) / 1e3)
 
     def end_slow_readers(self, now: float, unread_timeout_ms: float) -> None:
-        """End requests whose output has been over its bound for too long."""
+        """End calls whose output has been over its bound for too long; requests with them that
+        cannot be resumed.
+        """
         for key, entry in list(self._entries.items()):
             since = entry.stream.over_bound_since_ms
             if since is not None and now - since > unread_timeout_ms:
                 error = SlowReaderError("the output was not read for too long")
-                self.end(key, FinishReason.ERROR, error)
+                if entry.stream.resume_window_ms:
+                    self._detach(entry.stream, now, error)
+                else:
+                    self.end(key, FinishReason.ERROR, error)
 
     def deliver(self, updates: Iterable[SequenceUpdate]) -> None:
         """Hand new tokens, and ends, to the streams they belong to."""
@@ -137,7 +267,7 @@ class RunningRequests:
             # One request's text must not end the others' steps.
             log.exception("detokenisation failed", request_id=stream.request.request_id)
             self.end(
-                stream.request.key,
+                stream.key,
                 FinishReason.ERROR,
                 InternalError("the output could not be turned into text"),
             )
@@ -169,9 +299,11 @@ class RunningRequests:
 
     def _close(self, entry: _Entry, reason: FinishReason, error: SchedulerError | None) -> None:
         stream = entry.stream
-        del self._entries[stream.request.key]
+        now = now_ms()
+        del self._entries[stream.key]
         self._num_of_tenant -= Counter((stream.request.tenant,))  # drops those that reach 0
-        stream.end(now_ms(), error)
+        self._note_attached(stream.key)
+        stream.end(now, error)
         usage, timings = stream.usage, stream.timings
         self._metrics.on_finished(
             reason.value,
@@ -192,8 +324,10 @@ class RunningRequests:
             ttft_ms=round(timings.ttft_ms, 1),
             e2e_ms=round(timings.e2e_ms, 1),
         )
-        if not self._entries:
-            self._is_empty.set()
+        if stream.is_resumable:
+            self._retained.add(stream, now)
+            self._keep_within_bound()
+        self._note_whether_idle()
 
 
 def _error_of(update: SequenceUpdate, sequence: Sequence) -> SchedulerError:

@@ -6,9 +6,7 @@ import enum
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-RequestKey = tuple[str, str]
-"""Tenant and request id."""
+from typing import TypeAlias
 
 
 class FinishReason(enum.Enum):
@@ -58,6 +56,10 @@ class SamplingParams:
     n: int = 1
 
 
+RequestKey: TypeAlias = tuple[str, str]
+"""(tenant, request_id): what names a request. Tenants do not see one another's."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One accepted request."""
@@ -74,6 +76,10 @@ class Request:
     """On the same clock."""
     tenant: str = ""
     """Whose request it is: ids are a tenant's own, and prefixes are shared within it only."""
+    resume_window_ms: int = 0
+    """How long it goes on, and its output is kept, without a reader; 0: it ends with its call."""
+    input_digest: bytes = b""
+    """Of what the client sent, where it may be resumed: an equal message attaches to it."""
 
     @property
     def key(self) -> RequestKey:

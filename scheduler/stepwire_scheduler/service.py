@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,13 +19,19 @@ from stepwire_scheduler.errors import (
     NotReadyError,
     QuotaExceededError,
     SchedulerError,
-    SlowReaderError,
 )
+from stepwire_scheduler.event_writer import EventWriter
 from stepwire_scheduler.logs import bound_request, get_logger
 from stepwire_scheduler.metrics import Metrics
-from stepwire_scheduler.request_stream import RequestStream, Scheduled, SequenceOutput
+from stepwire_scheduler.request_stream import (
+    Queued,
+    Scheduled,
+    SequenceOutput,
+    StreamReader,
+)
 from stepwire_scheduler.responses import (
     encode_output,
+    encode_queued,
     encode_scheduled,
     encode_timings,
     encode_usage,
@@ -40,6 +45,7 @@ from stepwire_scheduler.validation import (
     check_detokenize,
     check_tokenize,
     encode_prompt,
+    input_digest,
     validate_input,
 )
 
@@ -93,14 +99,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: _Context
     ) -> generation_pb2.GenerateResponse:
-        async with self._submitted(request, context) as (stream, _):
+        async with self._reading(request, context) as reader:
+            stream = reader.stream
             choices = [
                 generation_pb2.Choice(index=index)
                 for index in range(stream.request.sampling_params.n)
             ]
-            async for event in stream:
+            async for event in reader:
                 if isinstance(event, SequenceOutput):
                     extend_choice(choices[event.index], event)
+            stream.is_delivered = True
             return generation_pb2.GenerateResponse(
                 request_id=stream.request.request_id,
                 choices=choices,
@@ -111,25 +119,24 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateStream(  # type: ignore[override]
         self, request: generation_pb2.GenerateStreamRequest, context: _Context
     ) -> None:
-        async with self._submitted(request, context) as (stream, num_waiting):
-            writer = _EventWriter(
+        async with self._reading(request, context, request.from_seq) as reader:
+            stream = reader.stream
+            writer = EventWriter(
                 context, stream.request.request_id, self._config.unread_timeout_ms / 1e3
             )
-            queued = generation_pb2.Queued(
-                queued_unix_ms=time.time_ns() // 1_000_000,
-                num_prompt_tokens=len(stream.request.prompt_token_ids),
-                num_waiting=num_waiting,
-            )
-            await writer.write(queued=queued)
-            async for event in stream:
+            if reader.from_seq == 0 and stream.queued is not None:
+                await writer.write(0, queued=encode_queued(stream.queued))
+            async for event in reader:
                 if isinstance(event, Scheduled):
-                    await writer.write(scheduled=encode_scheduled(event))
+                    await writer.write(reader.seq, scheduled=encode_scheduled(event))
                 else:
-                    await writer.write(output=encode_output(event))
-            completed = generation_pb2.Completed(
-                usage=encode_usage(stream), timings=encode_timings(stream)
-            )
-            await writer.write(completed=completed)
+                    await writer.write(reader.seq, output=encode_output(event))
+            if reader.from_seq <= stream.completed_seq:
+                completed = generation_pb2.Completed(
+                    usage=encode_usage(stream), timings=encode_timings(stream)
+                )
+                await writer.write(stream.completed_seq, completed=completed)
+            stream.is_delivered = True
 
     async def Cancel(
         self, request: generation_pb2.CancelRequest, context: _Context
@@ -189,36 +196,41 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.DetokenizeResponse(text=text)
 
     @asynccontextmanager
-    async def _submitted(
+    async def _reading(
         self,
         request: generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest,
         context: _Context,
-    ) -> AsyncIterator[tuple[RequestStream, int]]:
-        """The stream of the request and how many waited before it; cancels it on the way out.
+        from_seq: int = 0,
+    ) -> AsyncIterator[StreamReader]:
+        """A reader of the request, submitted or resumed; leaves it on the way out.
 
         A client that goes away or cancels ends the handler with CancelledError, which passes.
         """
         try:
-            stream, num_waiting = await self._submit(request, context)
+            reader = await self._open(request, context, from_seq)
         except SchedulerError as error:
             self._metrics.on_rejected(error.reason)
             fields = [v.field for v in getattr(error, "violations", ())]
             log.info("request rejected", reason=error.reason, fields=fields)
             raise
-        with bound_request(stream.request.request_id):
-            log.debug("request queued", num_prompt_tokens=len(stream.request.prompt_token_ids))
+        with bound_request(reader.stream.request.request_id):
             try:
-                yield stream, num_waiting
+                yield reader
             finally:
-                stream.close()
+                reader.close()
 
-    async def _submit(
+    async def _open(
         self,
         request: generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest,
         context: _Context,
-    ) -> tuple[RequestStream, int]:
+        from_seq: int,
+    ) -> StreamReader:
+        """Attach to the request where it is known, else validate and submit it."""
         arrival_ms = now_ms()
         tenant = current_tenant()
+        reader = self._attach(request, tenant, from_seq)
+        if reader is not None:
+            return reader
         if self._step_loop.state is ServingState.DRAINING:
             raise DrainingError
         model = self._step_loop.model
@@ -236,10 +248,48 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             deadline_ms=arrival_ms + self._time_allowed_ms(context),
             tenant=tenant.name,
             min_priority=tenant.min_priority,
+            resume_window_ms=self._resume_window_ms(request),
         )
+        # It may have been sent again and have arrived meanwhile.
+        reader = self._attach(request, tenant, from_seq)
+        if reader is not None:
+            return reader
         self._check_quota(tenant)
         num_waiting = self._step_loop.num_waiting
-        return self._step_loop.submit(validated), num_waiting
+        stream = self._step_loop.submit(validated)
+        log.debug(
+            "request queued",
+            request_id=validated.request_id,
+            num_prompt_tokens=len(validated.prompt_token_ids),
+        )
+        stream.queued = Queued(
+            queued_unix_ms=time.time_ns() // 1_000_000,
+            num_prompt_tokens=len(validated.prompt_token_ids),
+            num_waiting=num_waiting,
+        )
+        return stream.attach()
+
+    def _attach(
+        self,
+        request: generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest,
+        tenant: Tenant,
+        from_seq: int,
+    ) -> StreamReader | None:
+        """A reader of the request if it runs or is retained."""
+        key = (tenant.name, request.input.request_id)
+        if not from_seq and not self._step_loop.knows(key):
+            return None
+        return self._step_loop.attach(
+            key,
+            input_digest(request.input),
+            from_seq=from_seq,
+            resume_window_ms=self._resume_window_ms(request),
+        )
+
+    def _resume_window_ms(
+        self, request: generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest
+    ) -> int:
+        return min(request.resume_window_ms, self._config.resume_retention_ms)
 
     def _check_quota(self, tenant: Tenant) -> None:
         """Raises QuotaExceededError where one more request would be too many."""
@@ -269,26 +319,3 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.LoadProgress(
             phase=progress.phase, fraction=progress.fraction, elapsed_ms=progress.elapsed_ms
         )
-
-
-class _EventWriter:
-    """Numbers the events of one stream and gives up on a client that does not read them."""
-
-    def __init__(self, context: _Context, request_id: str, timeout_s: float) -> None:
-        self._context = context
-        self._request_id = request_id
-        self._timeout_s = timeout_s
-        self._seq = 0
-
-    async def write(self, **event: Any) -> None:
-        """Send one event, given as the oneof's field; raises SlowReaderError."""
-        response = generation_pb2.GenerateStreamResponse(
-            request_id=self._request_id, seq=self._seq, **event
-        )
-        self._seq += 1
-        try:
-            # Waits only while the connection's flow control says that the client lags.
-            async with asyncio.timeout(self._timeout_s):
-                await self._context.write(response)
-        except TimeoutError:
-            raise SlowReaderError("the output was not read for too long") from None

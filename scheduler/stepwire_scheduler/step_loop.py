@@ -32,9 +32,9 @@ from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.plan import StepPlan
 from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.planner import Planner, PlannerConfig
-from stepwire_scheduler.request_stream import RequestStream
+from stepwire_scheduler.request_stream import RequestStream, StreamReader
 from stepwire_scheduler.running_requests import RunningRequests
-from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState, served_model
 from stepwire_scheduler.tls import executor_tls
 
@@ -72,6 +72,7 @@ class StepLoop:
         self._requests = RunningRequests(
             metrics,
             max_unread_bytes=config.max_unread_bytes,
+            max_retained_bytes=config.max_retained_bytes,
             finish_sequence=self._finish_sequence,
         )
         self._tokenizer: TokenBytes | None = None
@@ -151,13 +152,24 @@ class StepLoop:
             )
             raise InvalidRequestError([violation])
 
+    def knows(self, key: RequestKey) -> bool:
+        """Whether a request runs or is retained under the key."""
+        return self._requests.knows(key)
+
+    def attach(
+        self, key: RequestKey, input_digest: bytes, *, from_seq: int, resume_window_ms: int
+    ) -> StreamReader | None:
+        """Read on a request that runs or is retained; None where it should be submitted.
+
+        Raises DuplicateRequestError, NotRetainedError. Works while the scheduler drains.
+        """
+        return self._requests.attach(
+            key, input_digest, from_seq=from_seq, resume_window_ms=resume_window_ms
+        )
+
     def cancel(self, request_id: str, tenant: str = "") -> bool:
-        """End a request of a tenant; its stream ends with what it has. False: it does not run."""
-        key = (tenant, request_id)
-        if key not in self._requests:
-            return False
-        self._requests.end(key, FinishReason.CANCELLED)
-        return True
+        """End a request; its stream ends with what it has. False where it does not run."""
+        return self._requests.cancel((tenant, request_id))
 
     def num_requests_of(self, tenant: str) -> int:
         """Requests of a tenant that are queued or running."""
@@ -361,6 +373,7 @@ class StepLoop:
             now = now_ms()
             self._requests.deliver(planner.expire(now))
             self._requests.end_slow_readers(now, self._config.unread_timeout_ms)
+            self._requests.expire(now)
             self._metrics.set_load(
                 num_running=len(planner.running), num_waiting=len(planner.waiting)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from array import array
 from collections.abc import Sequence
@@ -41,17 +42,20 @@ async def validate_input(
     deadline_ms: float,
     tenant: str = "",
     min_priority: int = -MAX_PRIORITY,
+    resume_window_ms: int = 0,
 ) -> Request:
     """The request with every default filled in, its prompt tokenised.
 
     arrival_ms, deadline_ms: on the scheduler's clock. tenant, min_priority: whose it is, and the
-    smallest priority that may have. The cost is bounded before anything is
-    looped over or tokenised. Raises InvalidRequestError, or QueueFullError if too many texts
-    are being tokenised.
+    smallest priority that may have. resume_window_ms: needs a request_id. The cost is bounded
+    before anything is looped over or tokenised. Raises InvalidRequestError, or QueueFullError if
+    too many texts are being tokenised.
     """
     violations = Violations()
     params = message.sampling_params
     _check_request_id(message.request_id, violations)
+    if resume_window_ms and not message.request_id:
+        violations.add("input.request_id", "must be set where resume_window_ms is")
     if not -MAX_PRIORITY <= message.priority <= MAX_PRIORITY:
         violations.add("input.priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
     check_sampling_params(params, limits, violations)
@@ -83,7 +87,14 @@ async def validate_input(
         arrival_ms=arrival_ms,
         deadline_ms=deadline_ms,
         tenant=tenant,
+        resume_window_ms=resume_window_ms,
+        input_digest=input_digest(message) if resume_window_ms else b"",
     )
+
+
+def input_digest(message: generation_pb2.GenerationInput) -> bytes:
+    """Equal for equal inputs, whatever order a client wrote their fields and maps in."""
+    return hashlib.blake2b(message.SerializeToString(deterministic=True), digest_size=16).digest()
 
 
 async def encode_prompt(

@@ -13,11 +13,12 @@ from stepwire_scheduler.errors import (
     InternalError,
     InvalidRequestError,
     NotReadyError,
+    NotRetainedError,
     QueueFullError,
     SchedulerError,
     SlowReaderError,
 )
-from stepwire_scheduler.request_stream import RequestStream, SequenceOutput
+from stepwire_scheduler.request_stream import RequestStream, SequenceOutput, StreamReader
 from stepwire_scheduler.sequence import FinishReason, Request, SamplingParams
 
 from tests.simulation.pages import UndisturbedRun
@@ -25,6 +26,10 @@ from tests.simulation.scenario import ClientScript, stop_ids
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
+
+
+LATEST_EXPIRY_S = 0.1
+"""How long after its window a request may be found at the latest: twice the loop's interval."""
 
 
 class _ExpectedSequence:
@@ -111,6 +116,7 @@ class SimulatedClient:
                 arrival_ms=arrival_ms,
                 deadline_ms=arrival_ms + script.time_left_s * 1e3,
                 tenant=script.tenant,
+                resume_window_ms=round(script.resume_window_s * 1e3),
             )
             try:
                 stream = step_loop.submit(request)
@@ -149,22 +155,36 @@ class SimulatedClient:
 
     async def _read(self, stream: RequestStream) -> None:
         script = self._script
-        max_tokens = stream.request.sampling_params.max_tokens
+        request = stream.request  # what is kept of an ended one is less
+        max_tokens = request.sampling_params.max_tokens
         expected = [_ExpectedSequence(script, i, max_tokens) for i in range(script.n)]
-        num_tokens = 0
+        num_tokens = num_since_drop = 0
         error: SchedulerError | None = None
+        reader = stream.attach()
         try:
             while True:
                 if script.reading == "slow":
                     await asyncio.sleep(0.02)
                 if script.reading == "stalled":
                     await self._until_ended(stream)
-                event = await anext(stream)
+                if script.resume_window_s and num_since_drop > script.drops_after_tokens:
+                    num_since_drop = 0
+                    reader.close()
+                    reader = await self._come_back(reader)
+                try:
+                    event = await anext(reader)
+                except SlowReaderError:
+                    if not script.resume_window_s:
+                        raise
+                    self._require(script.reading != "fast", "it read all the time")
+                    reader = await self._come_back(reader)
+                    continue
                 if not isinstance(event, SequenceOutput):
                     continue
                 problem = expected[event.index].problem_with(event)
                 self._require(problem is None, f"sequence {event.index}: {problem}")
                 num_tokens += len(event.token_ids)
+                num_since_drop += len(event.token_ids)
                 if (
                     script.leaving != "never"
                     and script.leaves_after_s is None
@@ -176,7 +196,32 @@ class SimulatedClient:
         except SchedulerError as raised:
             error = raised
         self._world.note(f"{script.request_id} ends: {error or 'well'}, {num_tokens} tokens")
-        self._check_end(stream, expected, error)
+        self._check_end(request, expected, error)
+
+    async def _come_back(self, left: StreamReader) -> StreamReader:
+        """Attach again after a while; raises NotRetainedError where that was too late."""
+        script, step_loop, request = self._script, self._world.step_loop, left.stream.request
+        left_s = self._loop.time()
+        self._world.note(f"{script.request_id} is away for {script.away_s} s")
+        await asyncio.sleep(script.away_s)
+        try:
+            reader = step_loop.attach(
+                request.key,
+                request.input_digest,
+                from_seq=left.seq + 1,
+                resume_window_ms=request.resume_window_ms,
+            )
+        except NotRetainedError:
+            away_s = self._loop.time() - left_s
+            # One that was given up had been alone before it knew.
+            is_late = away_s >= script.resume_window_s or left.dismissal is not None
+            is_late = is_late or self._has_left
+            self._require(is_late, "what it may resume is gone")
+            raise
+        is_early = script.away_s < script.resume_window_s + LATEST_EXPIRY_S
+        self._require(is_early, "it outlived its window")
+        assert reader is not None
+        return reader
 
     async def _until_ended(self, stream: RequestStream) -> None:
         while not stream.has_ended:  # noqa: ASYNC110 - it has no event for that
@@ -184,11 +229,11 @@ class SimulatedClient:
 
     def _check_end(
         self,
-        stream: RequestStream,
+        request: Request,
         expected: list[_ExpectedSequence],
         error: SchedulerError | None,
     ) -> None:
-        request, world = stream.request, self._world
+        world = self._world
         self._require(not world.is_running(request), "it has ended and still runs")
         if error is None:
             reasons = [each.finish_reason for each in expected]
@@ -198,6 +243,8 @@ class SimulatedClient:
         elif isinstance(error, DeadlineExceededError):
             late_s = self._loop.time() - request.deadline_ms / 1e3
             self._require(late_s >= 0, "its deadline had not come")
+        elif isinstance(error, NotRetainedError):
+            pass  # it was gone for good reason, and is not running
         elif isinstance(error, SlowReaderError):
             self._require(self._script.reading != "fast", "it read all the time")
         elif isinstance(error, ExecutorLostError | InternalError):

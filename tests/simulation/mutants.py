@@ -15,6 +15,7 @@ from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream
 from stepwire_scheduler.executor_groups import ExecutorGroups
 from stepwire_scheduler.plan import SequenceUpdate, StepOutcome
 from stepwire_scheduler.planner import Planner
+from stepwire_scheduler.request_stream import RequestStream, StreamReader
 from stepwire_scheduler.running_requests import RunningRequests
 from stepwire_scheduler.sequence import FinishReason, Sequence, SequenceStatus
 from stepwire_scheduler.step_loop import StepLoop
@@ -249,6 +250,22 @@ def wait_for_every_group_to_answer(mutate: pytest.MonkeyPatch) -> None:
     mutate.setattr(ExecutorGroups, "_choose", thorough)
 
 
+def never_end_what_nobody_reads(mutate: pytest.MonkeyPatch) -> None:
+    mutate.setattr(RunningRequests, "expire", lambda requests, now: None)
+
+
+def resume_one_event_late(mutate: pytest.MonkeyPatch) -> None:
+    attach = RequestStream.attach
+
+    def late(stream: RequestStream, from_seq: int = 0) -> StreamReader:
+        reader = attach(stream, from_seq)
+        if from_seq and reader._cursor.position < stream._log.num_events:
+            reader._cursor.read()
+        return reader
+
+    mutate.setattr(RequestStream, "attach", late)
+
+
 MUTANTS: tuple[Plant, ...] = (
     ignore_leases,
     lease_to_the_last_who_leaves,
@@ -273,4 +290,6 @@ MUTANTS: tuple[Plant, ...] = (
     hand_over_with_steps_in_flight,
     wait_for_the_group_that_computed,
     wait_for_every_group_to_answer,
+    never_end_what_nobody_reads,
+    resume_one_event_late,
 )

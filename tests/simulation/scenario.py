@@ -93,6 +93,12 @@ class ClientScript:
     leaves_after_tokens: int
     repeats_its_id: bool
     """Whether it submits the same id again while the first runs."""
+    resume_window_s: float
+    """How long its request waits for it; 0: it ends with its call."""
+    drops_after_tokens: int
+    """When its connection breaks, where it has a window, each time after so many more."""
+    away_s: float
+    """How long it then takes to come back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +147,7 @@ def draw_scenario(seed: int) -> Scenario:
     )
     start_s = tuple(rng.random() * 0.1 for _ in range(world_size))
     faults = tuple(_draw_fault(rng, world_size, offer) for _ in range(rng.randint(1, 4)))
-    clients = _draw_clients(rng)
+    clients = _draw_clients(rng, Random(f"{seed} resumes"))
     standby_offers = () if rng.random() < 0.7 else (rng.choice((offer, _draw_offer(rng))),)
     if standby_offers:
         addresses = tuple(f"rank:{world_size + rank}" for rank in range(world_size))
@@ -208,20 +214,25 @@ def _fault(rng: Random, kind: FaultKind, moment: Moment, rank: int, offer: Offer
     )
 
 
-def _draw_clients(rng: Random) -> tuple[ClientScript, ...]:
+def _draw_clients(rng: Random, resume_rng: Random) -> tuple[ClientScript, ...]:
     prefixes = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(6)) for _ in range(2)]
     is_flood = rng.random() < 0.15
     num_clients = rng.randint(10, 16) if is_flood else rng.randint(3, 9)
     flood_s = rng.random() * DURATION_S
     return tuple(
-        _draw_client(rng, f"r{index}", prefixes, flood_s if is_flood else None)
+        _draw_client(rng, resume_rng, f"r{index}", prefixes, flood_s if is_flood else None)
         for index in range(num_clients)
     )
 
 
 def _draw_client(
-    rng: Random, request_id: str, prefixes: list[tuple[int, ...]], at_s: float | None
+    rng: Random,
+    resume_rng: Random,
+    request_id: str,
+    prefixes: list[tuple[int, ...]],
+    at_s: float | None,
 ) -> ClientScript:
+    """resume_rng: of what resumes, so that the rest of a seed's run is drawn as it was before."""
     prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 8)))
     if rng.random() < 0.5:
         prompt = rng.choice(prefixes) + prompt[: rng.randint(1, 4)]
@@ -243,6 +254,9 @@ def _draw_client(
         leaves_after_s=rng.random() * 0.3 if rng.random() < 0.4 else None,
         leaves_after_tokens=rng.randint(0, 8),
         repeats_its_id=rng.random() < 0.1,
+        resume_window_s=resume_rng.choice((0.0, 0.0, 0.15)),
+        drops_after_tokens=resume_rng.randint(0, 6),
+        away_s=resume_rng.choice((0.0, 0.02, 0.05, 0.4)),
     )
 
 

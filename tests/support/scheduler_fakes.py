@@ -18,7 +18,7 @@ from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.output import SequenceDelta
 from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.rpc_handlers import SERVICE_NAME, add_generation_service
-from stepwire_scheduler.sequence import FinishReason, Request, Sequence
+from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState
 from stepwire_scheduler.service import GenerationService
 from stepwire_scheduler.step_loop import StepLoop
@@ -112,13 +112,20 @@ class FakeStepLoop:
             request,
             sequences,
             max_unread_bytes=1 << 16,
-            on_close=lambda stream: self.closed.append(stream.request.request_id),
+            on_close=self._on_close,
         )
         self.script(stream)
         return stream
 
     def num_requests_of(self, tenant: str) -> int:
         return self.in_flight.get(tenant, 0)
+
+    def _on_close(self, stream: RequestStream) -> None:
+        if not stream.has_ended:
+            self.closed.append(stream.request.request_id)
+
+    def knows(self, key: RequestKey) -> bool:
+        return False
 
     def cancel(self, request_id: str, tenant: str = "") -> bool:
         if request_id not in self.running:

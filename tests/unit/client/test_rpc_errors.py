@@ -40,6 +40,7 @@ def failure_of(
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceededError),
         (grpc.StatusCode.CANCELLED, errors.RequestCancelledError),
         (grpc.StatusCode.ABORTED, errors.AbortedError),
+        (grpc.StatusCode.OUT_OF_RANGE, errors.NotRetainedError),
         (grpc.StatusCode.INTERNAL, errors.ServerError),
         (grpc.StatusCode.UNKNOWN, errors.ServerError),
     ],

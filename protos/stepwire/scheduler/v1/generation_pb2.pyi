@@ -91,7 +91,7 @@ class GenerationInput(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, at most 128 printable ASCII characters; empty: the server makes one.
-    Reuse while the first is still running is ALREADY_EXISTS.
+    Reuse while the first is still running is ALREADY_EXISTS, unless it resumes (GenerateStream).
     """
     text: _builtins.str
     """Tokenised as it is, with the tokenizer's own special tokens (BOS, if it adds one)."""
@@ -360,16 +360,20 @@ class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INPUT_FIELD_NUMBER: _builtins.int
+    RESUME_WINDOW_MS_FIELD_NUMBER: _builtins.int
+    resume_window_ms: _builtins.int
+    """As in GenerateStreamRequest. The same message, sent again, brings the same answer."""
     @_builtins.property
     def input(self) -> Global___GenerationInput: ...
     def __init__(
         self,
         *,
         input: Global___GenerationInput | None = ...,
+        resume_window_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "resume_window_ms", b"resume_window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -513,16 +517,27 @@ class GenerateStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INPUT_FIELD_NUMBER: _builtins.int
+    FROM_SEQ_FIELD_NUMBER: _builtins.int
+    RESUME_WINDOW_MS_FIELD_NUMBER: _builtins.int
+    from_seq: _builtins.int
+    """The first event wanted: 0, or the last seq seen + 1 to go on after it."""
+    resume_window_ms: _builtins.int
+    """How long the request goes on, and its output is kept, while no call reads it; the latest call
+    says. Needs input.request_id; at most the server's --resume-retention-ms. 0: it ends with the
+    call.
+    """
     @_builtins.property
     def input(self) -> Global___GenerationInput: ...
     def __init__(
         self,
         *,
         input: Global___GenerationInput | None = ...,
+        from_seq: _builtins.int = ...,
+        resume_window_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_seq", b"from_seq", "input", b"input", "resume_window_ms", b"resume_window_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,7 +559,9 @@ class GenerateStreamResponse(_message.Message):
     COMPLETED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     seq: _builtins.int
-    """0 for the first event of the stream, then one more each."""
+    """0 for the first event of the request, then one more each. An event keeps its number, so none
+    is lost or doubled where each is one more than the last, over all calls.
+    """
     @_builtins.property
     def queued(self) -> Global___Queued: ...
     @_builtins.property

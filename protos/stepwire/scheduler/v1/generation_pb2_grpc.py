@@ -82,7 +82,7 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Generates to the end and answers once.
+        """Generates to the end and answers once. With resume_window_ms, as GenerateStream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,13 +90,24 @@ class GenerationServiceServicer:
 
     def GenerateStream(self, request, context):
         """Generates and streams tokens as they are made.
+
+        With resume_window_ms the request outlives its call: when the connection breaks, send the
+        same message again with from_seq = the last seq seen + 1 (0 where nothing was seen; so also
+        where it is unknown whether the request ever arrived). It attaches to the request, running or
+        ended, and goes on with exactly the events that were missed; the first arrival's deadline
+        stays. Equal means that input is; another input under the id of a running request is
+        ALREADY_EXISTS. OUT_OF_RANGE (ErrorInfo NOT_RETAINED): nothing is kept of the request, or it
+        is of another input; it has to be sent anew from 0. ABORTED: another call reads it now
+        (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends requests that are queued or running; unknown ids are ignored, so it can be repeated.
+        """Ends requests that are queued or running, also while no call reads them, and forgets their
+        output; a call that reads one still gets the rest. Unknown ids are ignored, so it can be
+        repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

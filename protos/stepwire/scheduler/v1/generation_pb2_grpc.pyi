@@ -40,11 +40,24 @@ class GenerationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Generates to the end and answers once."""
+    """Generates to the end and answers once. With resume_window_ms, as GenerateStream."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]
-    """Generates and streams tokens as they are made."""
+    """Generates and streams tokens as they are made.
+
+    With resume_window_ms the request outlives its call: when the connection breaks, send the
+    same message again with from_seq = the last seq seen + 1 (0 where nothing was seen; so also
+    where it is unknown whether the request ever arrived). It attaches to the request, running or
+    ended, and goes on with exactly the events that were missed; the first arrival's deadline
+    stays. Equal means that input is; another input under the id of a running request is
+    ALREADY_EXISTS. OUT_OF_RANGE (ErrorInfo NOT_RETAINED): nothing is kept of the request, or it
+    is of another input; it has to be sent anew from 0. ABORTED: another call reads it now
+    (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
-    """Ends requests that are queued or running; unknown ids are ignored, so it can be repeated."""
+    """Ends requests that are queued or running, also while no call reads them, and forgets their
+    output; a call that reads one still gets the rest. Unknown ids are ignored, so it can be
+    repeated.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.GetModelResponse]
     """Describes the served model and the limits in force; answers while the model still loads."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
@@ -64,11 +77,24 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generates to the end and answers once."""
+    """Generates to the end and answers once. With resume_window_ms, as GenerateStream."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """Generates and streams tokens as they are made."""
+    """Generates and streams tokens as they are made.
+
+    With resume_window_ms the request outlives its call: when the connection breaks, send the
+    same message again with from_seq = the last seq seen + 1 (0 where nothing was seen; so also
+    where it is unknown whether the request ever arrived). It attaches to the request, running or
+    ended, and goes on with exactly the events that were missed; the first arrival's deadline
+    stays. Equal means that input is; another input under the id of a running request is
+    ALREADY_EXISTS. OUT_OF_RANGE (ErrorInfo NOT_RETAINED): nothing is kept of the request, or it
+    is of another input; it has to be sent anew from 0. ABORTED: another call reads it now
+    (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
+    """
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
-    """Ends requests that are queued or running; unknown ids are ignored, so it can be repeated."""
+    """Ends requests that are queued or running, also while no call reads them, and forgets their
+    output; a call that reads one still gets the rest. Unknown ids are ignored, so it can be
+    repeated.
+    """
     GetModel: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the served model and the limits in force; answers while the model still loads."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
@@ -91,7 +117,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
-        """Generates to the end and answers once."""
+        """Generates to the end and answers once. With resume_window_ms, as GenerateStream."""
 
     @_abc_1.abstractmethod
     def GenerateStream(
@@ -99,7 +125,17 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_pb2.GenerateStreamResponse]]:
-        """Generates and streams tokens as they are made."""
+        """Generates and streams tokens as they are made.
+
+        With resume_window_ms the request outlives its call: when the connection breaks, send the
+        same message again with from_seq = the last seq seen + 1 (0 where nothing was seen; so also
+        where it is unknown whether the request ever arrived). It attaches to the request, running or
+        ended, and goes on with exactly the events that were missed; the first arrival's deadline
+        stays. Equal means that input is; another input under the id of a running request is
+        ALREADY_EXISTS. OUT_OF_RANGE (ErrorInfo NOT_RETAINED): nothing is kept of the request, or it
+        is of another input; it has to be sent anew from 0. ABORTED: another call reads it now
+        (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
+        """
 
     @_abc_1.abstractmethod
     def Cancel(
@@ -107,7 +143,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CancelResponse, _abc.Awaitable[_generation_pb2.CancelResponse]]:
-        """Ends requests that are queued or running; unknown ids are ignored, so it can be repeated."""
+        """Ends requests that are queued or running, also while no call reads them, and forgets their
+        output; a call that reads one still gets the rest. Unknown ids are ignored, so it can be
+        repeated.
+        """
 
     @_abc_1.abstractmethod
     def GetModel(

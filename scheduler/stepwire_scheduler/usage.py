@@ -1,0 +1,25 @@
+"""What a request took: tokens and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    num_prompt_tokens: int
+    num_output_tokens: int
+    """Over all sequences."""
+    num_cached_tokens: int
+    """Of the first sequence."""
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """From the request's arrival, milliseconds; tpot_ms is of the longest sequence."""
+
+    queue_ms: float
+    ttft_ms: float
+    tpot_ms: float
+    e2e_ms: float
