@@ -65,7 +65,9 @@ class Metrics:
         self._finished = self._counter(
             "requests_finished", "Requests that ended.", "finished_reason"
         )
-        self._resumed = self._counter("streams_resumed", "Calls that went on with a request.")
+        self._streams_resumed = self._counter(
+            "streams_resumed", "Calls that went on with a request."
+        )
         self._detached = self._gauge("requests_detached", "Requests that run and nobody reads.")
         self._retained_bytes = self._gauge(
             "retained_output_bytes", "Output that is kept for clients that may come back."
@@ -174,7 +176,7 @@ class Metrics:
             self._tenant_output_tokens.labels(tenant).inc(output_tokens)
 
     def on_stream_resumed(self) -> None:
-        self._resumed.inc()
+        self._streams_resumed.inc()
 
     def set_retained(self, *, num_detached: int, num_bytes: int) -> None:
         """What waits for clients to come back."""

@@ -18,6 +18,8 @@ def metrics() -> Metrics:
     metrics.on_inter_token(0.01)
     metrics.on_prefix_lookup(100, 64)
     metrics.on_preemption(2)
+    metrics.on_stream_resumed()
+    metrics.set_retained(num_detached=5, num_bytes=6_000)
     metrics.on_rejected("QUEUE_FULL")
     metrics.on_finished("stop", 1.5, prompt_tokens=100, output_tokens=7)
     metrics.on_epoch_ended("handover", num_running=4)
@@ -49,6 +51,9 @@ def metrics() -> Metrics:
         ("stepwire_model_load_progress_ratio", 0.5),
         ("stepwire_time_to_first_token_seconds_sum", 0.2),
         ("stepwire_output_tokens_total", 7),
+        ("stepwire_streams_resumed_total", 1),
+        ("stepwire_requests_detached", 5),
+        ("stepwire_retained_output_bytes", 6_000),
         ("stepwire_prefix_cache_hit_tokens_total", 64),
         ("stepwire_wire_seconds_sum", 0.001),
         ("stepwire_executor_busy_seconds_total", 0.03),
