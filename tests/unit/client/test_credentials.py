@@ -5,24 +5,20 @@ from __future__ import annotations
 import ssl
 import stat
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-import grpc_testing
 import pytest
 from cryptography import x509
-from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_client import AsyncClient, Client, ClusterConfig, Credentials
 from stepwire_client.certificates import COMPOSE_HOSTS, LOCAL_HOSTS, make_certificates
 from stepwire_client.cli.__main__ import main
 from stepwire_client.cli.serve import examples
 from stepwire_client.credentials import NO_CREDENTIALS, is_local
-from stepwire_client.errors import SettingError
+from stepwire_client.errors import RpcError, SettingError
 from stepwire_scheduler.tenants import digest_of, parse_tokens
-
-SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 
 
 @pytest.mark.parametrize(
@@ -106,33 +102,74 @@ def test_the_environment_gives_what_flags_give() -> None:
     assert Credentials.from_environment({"STEPWIRE_TOKEN": ""}) == NO_CREDENTIALS
 
 
-def test_every_call_carries_the_token() -> None:
-    channel = grpc_testing.channel([SERVICE], grpc_testing.strict_real_time())
-    client = Client("host:1", credentials=Credentials(token="t"), channel=channel)
-    calls: dict[str, Callable[[], object]] = {
-        "Generate": lambda: client.submit("hi"),
-        "Cancel": lambda: client.cancel("r"),
-        "GetModel": client.get_model,
-        "Tokenize": lambda: client.tokenize("hi"),
-        "Detokenize": lambda: client.detokenize([1]),
-    }
-    for name, call in calls.items():
-        thread = threading.Thread(target=call)
-        thread.start()
-        method = SERVICE.methods_by_name[name]
-        metadata, _, rpc = channel.take_unary_unary(method)
-        assert ("authorization", "Bearer t") in metadata
-        rpc.terminate(_empty(name), (), grpc.StatusCode.OK, "")
-        thread.join(10)
-    stream = client.stream("hi")
-    metadata, _, answer = channel.take_unary_stream(SERVICE.methods_by_name["GenerateStream"])
-    assert ("authorization", "Bearer t") in metadata
-    answer.terminate((), grpc.StatusCode.OK, "")
-    stream.close()
+class _MetadataRecorder(grpc.GenericRpcHandler):
+    """Answers every call with an error, and keeps what came with it."""
+
+    def __init__(self) -> None:
+        self.authorizations: dict[str, set[str]] = {}
+
+    def service(self, details: grpc.HandlerCallDetails) -> None:
+        values = {value for key, value in details.invocation_metadata if key == "authorization"}
+        method = details.method.rpartition("/")[2]
+        self.authorizations.setdefault(method, set()).update(values or {"none"})
 
 
-def _empty(method: str) -> object:
-    return getattr(pb, f"{method}Response")()
+@pytest.fixture
+def recorder() -> Iterator[tuple[str, _MetadataRecorder]]:
+    handler = _MetadataRecorder()
+    server = grpc.server(ThreadPoolExecutor(2), handlers=(handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}", handler
+    server.stop(None)
+
+
+_METHODS = {"Generate", "GenerateStream", "Cancel", "GetModel", "Tokenize", "Detokenize"}
+
+
+def test_every_call_carries_the_token(recorder: tuple[str, _MetadataRecorder]) -> None:
+    address, handler = recorder
+    with Client(address, credentials=Credentials(token="t")) as client:
+        calls = (
+            lambda: client.generate("hi"),
+            lambda: next(client.stream("hi")),
+            lambda: client.cancel("r"),
+            client.get_model,
+            lambda: client.tokenize("hi"),
+            lambda: client.detokenize([1]),
+        )
+        for call in calls:
+            with pytest.raises(RpcError):
+                call()
+    assert handler.authorizations == {method: {"Bearer t"} for method in _METHODS}
+
+
+async def test_every_call_of_the_async_client_carries_the_token(
+    recorder: tuple[str, _MetadataRecorder],
+) -> None:
+    address, handler = recorder
+    async with AsyncClient(address, credentials=Credentials(token="t")) as client:
+        calls = (
+            lambda: client.generate("hi"),
+            lambda: anext(client.stream("hi")),
+            lambda: client.cancel("r"),
+            client.get_model,
+            lambda: client.tokenize("hi"),
+            lambda: client.detokenize([1]),
+        )
+        for call in calls:
+            with pytest.raises(RpcError):
+                await call()
+    assert handler.authorizations == {method: {"Bearer t"} for method in _METHODS}
+
+
+def test_an_abandoned_stream_is_cancelled_with_the_token(
+    recorder: tuple[str, _MetadataRecorder],
+) -> None:
+    address, handler = recorder
+    with Client(address, credentials=Credentials(token="t")) as client:
+        client.stream("hi").close()
+    assert handler.authorizations["Cancel"] == {"Bearer t"}
 
 
 def pairs_verify(folder: Path, ca: str, name: str) -> None:
