@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from support.rank_threads import run_ranks
 from torch import Tensor
 
 TOLERANCE = 1e-4
+"""Where ranks outnumber KV heads, or kernels cannot add without rounding."""
 COMMON: dict[str, Any] = {
     "vocab_size": 101,  # shares of a prime number of rows differ
     "hidden_size": 48,
@@ -89,6 +91,11 @@ def _load(
     )
 
 
+def _adds_exactly() -> bool:
+    """Whether any number of ranks, up to that of KV heads, is to have the bits of one."""
+    return select_kernels(CPU).summand_dtype == torch.float64
+
+
 def _logits(model: LoadedModel) -> Tensor:
     """Of every prompt's every token: prefilled in two chunks together, then decoded singly."""
     steps = ModelSteps(model)
@@ -105,12 +112,30 @@ def _logits(model: LoadedModel) -> Tensor:
 def test_logits_are_those_of_one_rank_and_the_same_bits_on_all(
     directory: Path, world_size: int
 ) -> None:
-    alone = _logits(_load(directory))
+    whole = _load(directory)
+    alone = _logits(whole)
     by_rank = run_ranks(world_size, lambda group: _logits(_load(directory, group)))
     assert by_rank[0].shape == alone.shape
+    if world_size <= whole.config.num_kv_heads and _adds_exactly():
+        assert torch.equal(by_rank[0], alone)
     assert (by_rank[0] - alone).abs().max() < TOLERANCE
     for other in by_rank[1:]:
         assert torch.equal(other, by_rank[0])
+
+
+def test_summands_rounded_to_float32_would_show_the_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test of equal bits rests on; it could not tell otherwise."""
+    if not _adds_exactly():
+        pytest.skip("these kernels add float32")
+    path = _save(CONFIGS["llama"], tmp_path)
+    alone = _logits(_load(path))
+    narrow = dataclasses.replace(select_kernels(CPU), summand_dtype=torch.float32)
+    monkeypatch.setitem(globals(), "select_kernels", lambda device: narrow)
+    by_rank = run_ranks(2, lambda group: _logits(_load(path, group)))
+    assert not torch.equal(by_rank[0], alone)
+    assert (by_rank[0] - alone).abs().max() < TOLERANCE
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(directory: Path) -> None:
@@ -148,13 +173,16 @@ def test_ranks_share_the_weights_and_each_fingerprint_is_the_whole_models(
         assert total == pytest.approx(whole.weight_bytes - norms, rel=0.25)
 
 
-def test_half_precision_agrees_on_all_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_the_bits_of_one_rank_as_well(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     directory = _save(CONFIGS["llama-tied-biased"], tmp_path)
-    alone = _logits(_load(directory, dtype=torch.bfloat16))
-    first, second = run_ranks(
-        2, lambda group: _logits(_load(directory, group, dtype=torch.bfloat16))
-    )
+    alone = _logits(_load(directory, dtype=dtype))
+    first, second = run_ranks(2, lambda group: _logits(_load(directory, group, dtype=dtype)))
     assert torch.equal(first, second)
+    if _adds_exactly():
+        assert torch.equal(first, alone)
     assert (first - alone).abs().max() < 0.05 * alone.abs().max()
 
 
@@ -170,6 +198,8 @@ def test_gguf_files_are_shared_as_well(tmp_path: Path, matrix_type: str) -> None
     for world_size in (2, 3):
         by_rank = run_ranks(world_size, lambda group: _logits(_load(path, group)))
         assert (by_rank[0] - alone).abs().max() < TOLERANCE
+        if _adds_exactly():
+            assert torch.equal(by_rank[0], alone)
 
 
 def test_dummy_weights_are_slices_of_the_same_whole(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ DTYPE_CODES = {
     torch.bfloat16: 1,
     torch.float16: 2,
     torch.float8_e4m3fn: 3,
+    torch.float64: 4,
 }
 """As in src/vec.h."""
 
@@ -31,7 +32,7 @@ _TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
 _SIGNATURES: dict[str, tuple[type[ctypes.c_int64] | None, str]] = {
     # p: pointer, i: int64, f: float; the parameters are named in src/*.cpp.
     "stepwire_linear_takes_bf16": (_INT, ""),
-    "stepwire_linear": (None, "pi pi pi pi iiii"),
+    "stepwire_linear": (None, "pi pi pi pi iiiii"),
     "stepwire_rms_norm": (None, "piii pi ppf iiii"),
     "stepwire_silu_and_mul": (None, "pii p iii"),
     "stepwire_rope_and_write_kv": (_INT, "pii pii pii i pii pp ppppp iii iiiii fff i"),
