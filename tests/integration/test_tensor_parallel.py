@@ -19,6 +19,7 @@ from stepwire_client import AsyncClient, Client, ClusterConfig, LocalCluster, Sa
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.model import LoadedModel, load_model
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
+from stepwire_executor.plan import plan_model
 from support.model_steps import CPU, ModelSteps, SteppedSequence
 from support.rank_threads import run_ranks
 from torch import Tensor
@@ -64,6 +65,14 @@ async def _check_greedy_ids(address: str, *, num_prompts: int, max_tokens: int) 
 
 async def test_greedy_ids_are_those_of_one_executor(cluster: LocalCluster) -> None:
     await _check_greedy_ids(cluster.address, num_prompts=6, max_tokens=16)
+
+
+def test_the_model_is_described_with_what_each_rank_holds(cluster: LocalCluster) -> None:
+    with Client(cluster.address) as client:
+        model = client.get_model()
+    assert len(model.rank_weight_bytes) == cluster.config.tensor_parallel_size
+    assert sum(model.rank_weight_bytes) == model.weight_bytes
+    assert max(model.rank_weight_bytes) < 1.001 * min(model.rank_weight_bytes)
 
 
 @pytest.mark.long
@@ -153,4 +162,16 @@ def test_ranks_share_the_weights_evenly(smollm2_dir: Path) -> None:
             lambda group: _load(smollm2_dir, torch.bfloat16, group).weight_bytes - norm_bytes,
         )
         assert sum(parts) == sharded_bytes
+        planned = plan_model(
+            smollm2_dir,
+            dtype="bfloat16",
+            kv_cache_dtype="auto",
+            block_size=None,
+            max_num_batched_tokens=2048,
+            max_num_seqs=None,
+            max_model_len=None,
+            load_format="auto",
+            tensor_parallel_size=world_size,
+        )
+        assert parts == [rank["weight_bytes"] - norm_bytes for rank in planned["ranks"]]
         assert max(parts) - min(parts) <= unit_bytes

@@ -15,6 +15,7 @@ from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.model import LoadedModel, load_model
 from stepwire_executor.parallel.process_group import ProcessGroup
+from stepwire_executor.plan import plan_model
 from support.gguf_files import write_gguf
 from support.model_steps import CPU, ModelSteps, SteppedSequence
 from support.rank_threads import run_ranks
@@ -171,6 +172,34 @@ def test_ranks_share_the_weights_and_each_fingerprint_is_the_whole_models(
         # Layouts pad: a few rows or columns of a matrix that has less than a hundred.
         total = sum(model.weight_bytes - norms for model in models)
         assert total == pytest.approx(whole.weight_bytes - norms, rel=0.25)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_plan_of_each_rank_is_what_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, has_bias: bool
+) -> None:
+    config = transformers.LlamaConfig(**COMMON, attention_bias=has_bias, mlp_bias=has_bias)
+    path = _save(config, tmp_path)
+    reference = select_kernels(CPU, "reference")  # which pad nothing
+    monkeypatch.setitem(globals(), "select_kernels", lambda device: reference)
+    models = run_ranks(world_size, lambda group: _load(path, group))
+    planned = plan_model(
+        path,
+        dtype="float32",
+        kv_cache_dtype="auto",
+        block_size=16,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        max_model_len=None,
+        load_format="auto",
+        tensor_parallel_size=world_size,
+    )
+    ranks = planned["ranks"]
+    assert [each["weight_bytes"] for each in ranks] == [each.weight_bytes for each in models]
+    assert planned["weight_bytes"] == sum(each.weight_bytes for each in models)
+    norms = 2 * config.num_hidden_layers + 1
+    assert {each["norm_bytes"] for each in ranks} == {4 * norms * config.hidden_size}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
