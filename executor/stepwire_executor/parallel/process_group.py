@@ -16,9 +16,6 @@ from stepwire_executor.errors import ModelLoadError, PlanOrderError
 
 LOAD_TIMEOUT = datetime.timedelta(minutes=30)
 """Longest wait for a rank that still loads its part."""
-STEP_TIMEOUT = datetime.timedelta(seconds=20)
-"""Longest wait for another rank inside a step. A scheduler gives a small step up sooner; this ends
-processes, so that a supervisor starts the group again."""
 _POLL_S = 0.02
 _GLOO_THREADS = 2
 """With one, a wake-up of every operation waits for a tick of the system's clock."""
@@ -40,12 +37,13 @@ class ProcessGroup:
         world_size: int,
         device: torch.device,
         hostname: str,
-        step_timeout: datetime.timedelta = STEP_TIMEOUT,
+        step_timeout: datetime.timedelta,
     ) -> None:
         """Connect to every other rank, which does the same; RuntimeError where one is late.
 
         store: of this group alone. hostname: an address of this machine that the others reach;
-        gloo listens there and nowhere else.
+        gloo listens there and nowhere else. step_timeout: longest wait for another rank inside a
+        step.
         """
         self.rank = rank
         self.world_size = world_size

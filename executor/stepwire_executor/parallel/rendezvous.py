@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import socket
 import threading
@@ -50,6 +51,7 @@ def join_group(
             world_size=world_size,
             device=device,
             hostname=_own_address(host, port),
+            step_timeout=datetime.timedelta(milliseconds=config.collective_timeout_ms),
         )
         watched = _connect(config, host, port, is_server=False)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import socket
 import time
@@ -146,6 +147,18 @@ def test_ranks_meet_at_an_address_in_any_order(address: str) -> None:
         sums = list(ranks.map(lambda group: group.all_reduce(torch.ones(2)).tolist(), groups))
     assert sums == [[3.0, 3.0]] * 3
     assert [group.rank for group in groups] == [0, 2, 1]
+
+
+def test_a_rank_waits_for_another_as_long_as_it_is_told(address: str) -> None:
+    def config(rank: int) -> ExecutorConfig:
+        return dataclasses.replace(_config(address, rank), collective_timeout_ms=300)
+
+    with ThreadPoolExecutor(1) as ranks:
+        other = ranks.submit(_join, config(1))
+        group = _join(config(0))
+        other.result(20)
+    with pytest.raises(RuntimeError, match="300ms"):  # the other is stopped, as it were
+        group.all_reduce(torch.ones(1))
 
 
 def test_the_store_listens_at_its_address_only(address: str) -> None:
