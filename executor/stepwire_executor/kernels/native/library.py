@@ -39,6 +39,8 @@ _SIGNATURES: dict[str, tuple[type[ctypes.c_int64] | None, str]] = {
     "stepwire_paged_attention": (_INT, "piii pppp ii pppi p iiiii f i ff i"),
     "stepwire_sample": (None, "piii pppp ppp pp i"),
     "stepwire_gumbel_noise": (None, "iiii pp"),
+    "stepwire_shared_bytes": (_INT, "ii"),
+    "stepwire_exchange": (_INT, "piii pii i ppi i"),
 }
 Function = Callable[..., int]
 """A C function; pointers are passed as integers, 0 is null."""
@@ -46,7 +48,7 @@ Function = Callable[..., int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeLibrary:
-    """Functions of the compiled kernels; every one of them ends with the number of threads."""
+    """Functions of the compiled library; every kernel ends with the number of threads."""
 
     features: str
     """Widest instructions in use: "avx512_bf16", "avx512" or "avx2"."""
@@ -59,6 +61,9 @@ class NativeLibrary:
     paged_attention: Function
     sample: Function
     gumbel_noise: Function
+    shared_bytes: Function
+    """Memory of a group of ranks; see src/shared_memory.cpp."""
+    exchange: Function
 
 
 def load_library(
