@@ -22,6 +22,8 @@ from benchmarks.common import finish, markdown_table
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 576, 1536, 30, 49152
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
+MLP_UNIT = 256
+"""Products of the down projection that are summed on their own, as in parallel/sharding.py."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 
 
@@ -41,15 +43,16 @@ def measure(run: Callable[[], object], repeats: int) -> dict[str, float]:
 def linear_layers(kernels: Kernels, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Time every linear layer and the head of one step, for each number of rows."""
 
-    def weight(out_features: int, in_features: int) -> Any:
-        return kernels.pack_weight(torch.randn(out_features, in_features).to(dtype) * 0.02)
+    def weight(out_features: int, in_features: int, sum_unit: int | None = None) -> Any:
+        values = torch.randn(out_features, in_features).to(dtype) * 0.02
+        return kernels.pack_weight(values, sum_unit)
 
     layers = [
         (
             weight((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
-            weight(HIDDEN, HEADS * HEAD_DIM),
+            weight(HIDDEN, HEADS * HEAD_DIM, HEADS // KV_HEADS * HEAD_DIM),
             weight(2 * INTERMEDIATE, HIDDEN),
-            weight(HIDDEN, INTERMEDIATE),
+            weight(HIDDEN, INTERMEDIATE, MLP_UNIT),
         )
         for _ in range(LAYERS)
     ]

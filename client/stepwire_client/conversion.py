@@ -194,6 +194,7 @@ def from_get_model_response(message: pb.GetModelResponse) -> ModelInfo:
         block_size=message.block_size,
         num_blocks=message.num_blocks,
         weight_bytes=message.weight_bytes,
+        rank_weight_bytes=tuple(message.rank_weight_bytes),
         kv_cache_bytes=message.kv_cache_bytes,
         device=message.device,
         max_num_seqs=message.max_num_seqs,

@@ -222,9 +222,11 @@ class ModelInfo:
     num_blocks: int
     """KV blocks of the pool."""
     weight_bytes: int
-    """Of the loaded weights."""
+    """Of the loaded weights, over all ranks."""
+    rank_weight_bytes: tuple[int, ...]
+    """The part of weight_bytes that each rank holds."""
     kv_cache_bytes: int
-    """Of the pool."""
+    """Of the pool, over all ranks."""
     device: str
     """Where it runs: "cpu", "cuda:0 NVIDIA H100", …"""
     max_num_seqs: int

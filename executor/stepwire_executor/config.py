@@ -187,6 +187,17 @@ class ExecutorConfig:
         metadata=_setting(texts.integer(low=0, high=1_023), "place of this executor among them"),
     )
     """Place in the group, from 0."""
+    collective_timeout_ms: int = field(
+        default=8_000,
+        metadata=_setting(
+            texts.integer(low=100, high=3_600_000),
+            "longest wait for another rank in a step; keep it below the scheduler's "
+            "--step-timeout-ms",
+        ),
+    )
+    """Longest wait for another rank inside a step, which then ends the group. Shorter than a
+    scheduler's step deadline, so that the ranks beside a stopped one have gone before a new epoch
+    asks for them."""
     master_address: str | None = field(
         default=None,
         metadata=_setting(

@@ -20,6 +20,7 @@ from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.host import default_num_threads
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.kernels.native.build import KernelBuildError
+from stepwire_executor.kernels.native.library import NativeLibrary, load_library
 from stepwire_executor.kv_cache import FP8_DTYPE
 from stepwire_executor.load_status import ModelDescription
 from stepwire_executor.model.loader import SUPPORTED_DTYPES, load_model
@@ -59,6 +60,7 @@ def load_runner(
         device,
         on_lost=on_group_lost,
         on_wait=lambda: on_progress("wait for the other ranks", 0.0),
+        library=_library_of_ranks(config),
     )
     model = load_model(
         Path(config.model),
@@ -122,6 +124,16 @@ def load_runner(
         weight_bytes=model.weight_bytes,
         kv_cache_bytes=cache.num_bytes,
     )
+
+
+def _library_of_ranks(config: ExecutorConfig) -> NativeLibrary | None:
+    """Compiled code for ranks of one machine, which do without where there is none."""
+    if config.tensor_parallel_size == 1 or config.kernels not in ("auto", "native"):
+        return None
+    try:
+        return load_library()
+    except KernelBuildError:
+        return None
 
 
 def _convert_tokenizer(path: Path) -> None:

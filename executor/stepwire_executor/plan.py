@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from stepwire_executor.config import ExecutorConfig, resolve_capacity
 from stepwire_executor.errors import ModelLoadError
@@ -19,9 +21,13 @@ from stepwire_executor.model.loader import (
     resolve_dtype,
     resolve_max_model_len,
 )
-from stepwire_executor.model.memory import estimate_memory
-from stepwire_executor.model.weights.expected import check_tensors
+from stepwire_executor.model.memory import MemoryPlan, estimate_memory
+from stepwire_executor.model.weights.expected import check_tensors, expected_tensors
 from stepwire_executor.model.weights.kv_scales import find_static_scales
+from stepwire_executor.parallel.sharding import has_own_head, make_shard
+
+_SUMMED = ("weight_bytes", "activation_bytes", "kv_bytes_per_block", "kv_bytes_per_token")
+"""Fields of MemoryPlan that all ranks' devices need together."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
             load_format=options.load_format,
+            tensor_parallel_size=options.tensor_parallel_size,
             gpu_memory_bytes=options.gpu_memory_bytes,
             gpu_memory_utilization=options.gpu_memory_utilization,
         )
@@ -46,8 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         sys.stdout.write(json.dumps(plan) + "\n")
     else:
+        ranks = plan.pop("ranks")
         width = max(map(len, plan))
         sys.stdout.writelines(f"{name:<{width}}  {value}\n" for name, value in plan.items())
+        if len(ranks) > 1:
+            for rank in ranks:
+                parts = ", ".join(f"{name} {value}" for name, value in rank.items())
+                sys.stdout.write(parts + "\n")
     return 0
 
 
@@ -61,12 +73,14 @@ def plan_model(
     max_num_seqs: int | None,
     max_model_len: int | None,
     load_format: str,
+    tensor_parallel_size: int = 1,
     gpu_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
 ) -> dict[str, Any]:
     """The model's memory plan and the facts it rests on, ready for JSON.
 
-    gpu_memory_bytes: of the GPU to plan for, whose KV pool is added; None plans for a CPU.
+    Bytes are those of all ranks together, and of each under "ranks". gpu_memory_bytes: of every
+    rank's GPU, whose KV pool is added; None plans for a CPU.
     Reads headers only. Raises ModelLoadError for what load_model would refuse.
     """
     is_gpu = gpu_memory_bytes is not None
@@ -92,28 +106,38 @@ def plan_model(
     finally:
         source.close()
     context = resolve_max_model_len(max_model_len, config)
-    plan = estimate_memory(
-        config,
-        dtype=resolved_dtype,
-        kv_cache_dtype=kv_dtype,
-        block_size=capacity.block_size,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=capacity.max_num_seqs,
-        max_model_len=context,
-        is_gpu=is_gpu,
-        has_static_kv_scales=has_static_kv_scales,
-    )
+    # Which parts ranks hold depends on whether the head is a tensor of its own.
+    device = torch.device("cuda" if is_gpu else "cpu")
+    shards = [
+        make_shard(config, rank, tensor_parallel_size, has_own_head=has_own_head(config, device))
+        for rank in range(tensor_parallel_size)
+    ]
+    plans = [
+        estimate_memory(
+            config,
+            shard,
+            dtype=resolved_dtype,
+            kv_cache_dtype=kv_dtype,
+            block_size=capacity.block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=capacity.max_num_seqs,
+            max_model_len=context,
+            is_gpu=is_gpu,
+            has_static_kv_scales=has_static_kv_scales,
+        )
+        for shard in shards
+    ]
     pool: dict[str, Any] = {}
     if gpu_memory_bytes is not None:
-        room = int(gpu_memory_bytes * gpu_memory_utilization)
-        room -= plan.weight_bytes + plan.activation_bytes
-        num_blocks = max(0, room // plan.kv_bytes_per_block)
+        num_blocks = min(
+            _num_blocks(plan, int(gpu_memory_bytes * gpu_memory_utilization)) for plan in plans
+        )
         pool = {
             "gpu_memory_bytes": gpu_memory_bytes,
             "gpu_memory_utilization": gpu_memory_utilization,
             "num_kv_blocks": num_blocks,
-            "kv_cache_bytes": num_blocks * plan.kv_bytes_per_block,
-            "kv_cache_tokens": num_blocks * plan.block_size,
+            "kv_cache_bytes": num_blocks * sum(plan.kv_bytes_per_block for plan in plans),
+            "kv_cache_tokens": num_blocks * capacity.block_size,
         }
     return {
         "architecture": config.architecture,
@@ -123,9 +147,24 @@ def plan_model(
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "max_model_len": context,
-        **dataclasses.asdict(plan),
+        "num_parameters": sum(map(math.prod, expected_tensors(config).values())),
+        **{name: sum(getattr(plan, name) for plan in plans) for name in _SUMMED},
+        "block_size": capacity.block_size,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": capacity.max_num_seqs,
+        "tensor_parallel_size": tensor_parallel_size,
         **pool,
+        "ranks": [
+            {"rank": rank, **{name: getattr(plan, name) for name in ("norm_bytes", *_SUMMED)}}
+            for rank, plan in enumerate(plans)
+        ],
     }
+
+
+def _num_blocks(plan: MemoryPlan, num_bytes: int) -> int:
+    """KV blocks that fit beside the rest."""
+    room = num_bytes - plan.weight_bytes - plan.activation_bytes
+    return max(0, room // plan.kv_bytes_per_block)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-num-batched-tokens", type=_positive, default=2048)
     parser.add_argument("--max-num-seqs", type=_positive, default=None)
     parser.add_argument("--max-model-len", type=_positive, default=None, help="tokens")
+    parser.add_argument("--tensor-parallel-size", type=_positive, default=1, help="ranks")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument(
         "--gpu-memory-bytes", type=_positive, default=None, help="plan for a GPU of this memory"

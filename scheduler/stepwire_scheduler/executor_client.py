@@ -158,11 +158,8 @@ class ExecutorGroup:
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
 
-def check_agreement(descriptions: Sequence[Description]) -> Description:
-    """Return rank 0's description of a group whose ranks agree.
-
-    Raises ExecutorMismatchError that names the flag to change.
-    """
+def check_agreement(descriptions: Sequence[Description]) -> None:
+    """Raise ExecutorMismatchError, which names the flag to change, unless the ranks agree."""
     check_ranks(descriptions)
     first = descriptions[0]
     for other in descriptions[1:]:
@@ -172,7 +169,6 @@ def check_agreement(descriptions: Sequence[Description]) -> Description:
                     f"executors disagree on {field} ({getattr(first, field)} and "
                     f"{getattr(other, field)}): start them with the same {flag}"
                 )
-    return min(descriptions, key=lambda description: description.rank)
 
 
 def check_ranks(descriptions: Sequence[Description]) -> None:

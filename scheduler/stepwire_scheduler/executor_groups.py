@@ -30,8 +30,6 @@ class ReadyGroup:
     group: ExecutorGroup
     descriptions: list[Description]
     """Of each rank, in the order of their addresses."""
-    agreed: Description
-    """Rank 0's, which holds for all."""
 
 
 class ExecutorGroups:
@@ -124,11 +122,11 @@ class ExecutorGroups:
             self._note_progress(group, _load_progress(descriptions))
             check_ranks(descriptions)
             if all(each.load_state == executor_pb2.LOAD_STATE_READY for each in descriptions):
-                agreed = check_agreement(descriptions)
-                is_known = fingerprint in (None, agreed.model_fingerprint)
+                check_agreement(descriptions)
+                is_known = fingerprint in (None, descriptions[0].model_fingerprint)
                 if is_known or group is self._active:
                     self._complaints.pop(group, None)
-                    return ReadyGroup(group=group, descriptions=descriptions, agreed=agreed)
+                    return ReadyGroup(group=group, descriptions=descriptions)
                 problem = "it serves another model: start it with the --model of the others"
             else:
                 problem = next((each.load_error for each in descriptions if each.load_error), "")

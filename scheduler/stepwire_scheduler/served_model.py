@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepwire.executor.v1.executor_pb2 import DescribeResponse
@@ -43,15 +44,22 @@ class ServedModel:
     kv_cache_dtype: str
     block_size: int
     num_blocks: int
-    weight_bytes: int
+    rank_weight_bytes: tuple[int, ...]
+    """By rank."""
     kv_cache_bytes: int
+    """Over all ranks."""
     device: str
     max_num_seqs: int
     max_num_batched_tokens: int
 
 
-def served_model(description: DescribeResponse, config: SchedulerConfig) -> ServedModel:
-    """Put together what the executors offer and what the scheduler's settings allow of it."""
+def served_model(descriptions: Sequence[DescribeResponse], config: SchedulerConfig) -> ServedModel:
+    """Put together what the executors offer and what the scheduler's settings allow of it.
+
+    descriptions: of ranks that agree, one each.
+    """
+    ranks = sorted(descriptions, key=lambda description: description.rank)
+    description = ranks[0]
     pool_tokens = description.num_blocks * description.block_size
     return ServedModel(
         fingerprint=description.model_fingerprint,
@@ -63,8 +71,8 @@ def served_model(description: DescribeResponse, config: SchedulerConfig) -> Serv
         kv_cache_dtype=description.kv_cache_dtype,
         block_size=description.block_size,
         num_blocks=description.num_blocks,
-        weight_bytes=description.weight_bytes,
-        kv_cache_bytes=description.kv_cache_bytes,
+        rank_weight_bytes=tuple(rank.weight_bytes for rank in ranks),
+        kv_cache_bytes=sum(rank.kv_cache_bytes for rank in ranks),
         device=description.device,
         max_num_seqs=min(config.max_num_seqs or description.max_num_seqs, description.max_num_seqs),
         max_num_batched_tokens=min(

@@ -166,7 +166,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             response.kv_cache_dtype = model.kv_cache_dtype
             response.block_size = model.block_size
             response.num_blocks = model.num_blocks
-            response.weight_bytes = model.weight_bytes
+            response.weight_bytes = sum(model.rank_weight_bytes)
+            response.rank_weight_bytes.extend(model.rank_weight_bytes)
             response.kv_cache_bytes = model.kv_cache_bytes
             response.device = model.device
             response.max_num_seqs = model.max_num_seqs

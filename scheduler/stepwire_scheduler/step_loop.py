@@ -196,7 +196,7 @@ class StepLoop:
             while True:
                 fingerprint = None if self.model is None else self.model.fingerprint
                 ready = await self._groups.first_ready(fingerprint)
-                self._adopt(ready.agreed)
+                self._adopt(ready.descriptions)
                 epoch += 1
                 await self._live_through_epoch(self._groups, ready, epoch)
         finally:
@@ -250,9 +250,9 @@ class StepLoop:
             for key in self._requests:
                 self._requests.end(key, FinishReason.CANCELLED, DrainingError())
 
-    def _adopt(self, description: Description) -> None:
+    def _adopt(self, descriptions: list[Description]) -> None:
         """Take the executors' limits; what waits outlives them unless the model changed."""
-        model = served_model(description, self._config)
+        model = served_model(descriptions, self._config)
         if self._planner is not None and model == self.model:
             return
         config = PlannerConfig(

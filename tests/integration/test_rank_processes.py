@@ -123,8 +123,9 @@ async def test_ranks_of_torchrun_make_a_group_that_opens_an_epoch(launched: Laun
     assert [(each.rank, each.world_size) for each in described] == [(0, 2), (1, 2)]
     # Two of three KV heads against one; the pool has as many blocks on both.
     assert described[0].kv_cache_bytes == 2 * described[1].kv_cache_bytes
-    assert described[0].weight_bytes > described[1].weight_bytes > 0
-    assert check_agreement(described).rank == 0
+    # The other has more of the MLP and of the vocabulary for it.
+    assert described[0].weight_bytes == described[1].weight_bytes > 0
+    check_agreement(described)
     group = ExecutorGroup(addresses)
     try:
         stream = await group.open_epoch(1, await group.describe())

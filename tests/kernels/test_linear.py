@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,6 +93,74 @@ def test_a_row_has_the_same_bits_in_any_company(
             assert torch.equal(native.linear(x[:num_rows], weight, bias), alone[:num_rows])
         assert torch.equal(native.linear(x, weight, bias)[:130], alone)
         assert torch.equal(native.linear(x[100:130], weight, bias), alone[100:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    unit=st.sampled_from([2, 6, 32, 64]),
+    num_units=st.integers(1, 7),
+    out_features=st.integers(1, 70),
+    num_rows=st.integers(1, 11),
+    dtype=st.sampled_from(DTYPES),
+    has_bias=st.booleans(),
+    data=st.data(),
+)
+def test_sums_of_units_are_the_whole_in_any_parts_and_order(
+    native: Kernels,
+    unit: int,
+    num_units: int,
+    out_features: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    data: st.DataObject,
+) -> None:
+    """What lets ranks that share a layer's inputs have the bits of one."""
+    x = torch.randn(num_rows, unit * num_units).to(dtype)
+    weight = torch.randn(out_features, unit * num_units).to(dtype)
+    bias = torch.randn(out_features).to(dtype) if has_bias else None
+    cuts = data.draw(st.sets(st.integers(1, num_units), max_size=3)) | {0, num_units}
+    bounds = [unit * cut for cut in sorted(cuts)]
+    parts = [
+        native.linear(
+            x[:, start:stop],
+            native.pack_weight(weight[:, start:stop], unit),
+            bias if start == 0 else None,
+            native.summand_dtype,
+        )
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    assert parts[0].dtype == torch.float64
+    order = data.draw(st.permutations(range(len(parts))))
+    total = torch.zeros(num_rows, out_features, dtype=torch.float64)
+    for index in order:
+        total += parts[index]
+    whole = native.pack_weight(weight, unit)
+    for out_dtype in DTYPES:
+        expected = total.float().to(out_dtype)
+        assert torch.equal(native.linear(x, whole, bias, out_dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_unit_is_one_sum_in_float32(native: Kernels, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(9, 96).to(dtype), torch.randn(40, 96).to(dtype)
+    parts = [
+        native.linear(
+            x[:, part], native.pack_weight(weight[:, part].contiguous()), None, torch.float32
+        )
+        for part in (slice(0, 32), slice(32, 64), slice(64, 96))
+    ]
+    expected = torch.stack(parts).double().sum(0)
+    got = native.linear(x, native.pack_weight(weight, 32), None, torch.float64)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, native.linear(x, native.pack_weight(weight), None, torch.float64))
+
+
+def test_units_that_cut_a_pair_are_refused(native: Kernels) -> None:
+    with pytest.raises(ValueError, match="multiple of 2"):
+        native.pack_weight(torch.randn(8, 18).bfloat16(), 9)
+    with pytest.raises(ValueError, match="positive"):
+        native.pack_weight(torch.randn(8, 18), 0)
 
 
 def test_rows_may_be_a_view_of_wider_ones(native: Kernels) -> None:

@@ -28,6 +28,7 @@ def plan(
     max_num_batched_tokens: int | None = None,
     max_model_len: int | None = None,
     max_num_seqs: int | None = None,
+    tensor_parallel_size: int = 1,
     gpu_memory_bytes: int | None = None,
     gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -50,8 +51,10 @@ def plan(
         Tokens of a sequence to plan for; the model's context if not given.
     max_num_seqs
         Sequences to plan for; 64, or 256 on a GPU.
+    tensor_parallel_size
+        Executors that share the model; what each holds is shown too.
     gpu_memory_bytes
-        Memory of the GPU to plan for; this machine's memory if not given.
+        Memory of the GPU, or of each, to plan for; this machine's memory if not given.
     gpu_memory_utilization
         Part of the GPU's memory that may be used in all.
     as_json
@@ -64,6 +67,7 @@ def plan(
         "--block-size": block_size,
         "--max-num-batched-tokens": max_num_batched_tokens,
         "--max-num-seqs": max_num_seqs,
+        "--tensor-parallel-size": tensor_parallel_size,
     }
     if gpu_memory_bytes is not None:
         flags["--gpu-memory-bytes"] = gpu_memory_bytes
@@ -72,7 +76,7 @@ def plan(
     context = max_model_len or int(numbers["max_position_embeddings"])
     available = host.available_memory_bytes()
     if gpu_memory_bytes is not None:
-        available = int(gpu_memory_bytes * gpu_memory_utilization)
+        available = int(gpu_memory_bytes * gpu_memory_utilization) * tensor_parallel_size
     result = numbers | {
         "max_model_len": context,
         "kv_bytes": int(numbers["kv_bytes_per_token"]) * context * numbers["max_num_seqs"],
@@ -102,15 +106,42 @@ def table(numbers: dict[str, Any]) -> str:
         rows.append(("KV pool", host.in_bytes(numbers["kv_cache_bytes"])))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value:>12}" for name, value in rows]
+    if len(numbers["ranks"]) > 1:
+        lines += ["", *_rank_lines(numbers), ""]
     if available is not None:
         lines.append(_verdict(numbers, available))
     return "\n".join(lines)
 
 
+def _rank_lines(numbers: dict[str, Any]) -> list[str]:
+    """What each rank holds, and how far the largest is from an even share of the weights."""
+    ranks = numbers["ranks"]
+    tokens = numbers["max_model_len"] * numbers["max_num_seqs"]
+    rows: list[tuple[str, ...]] = [("rank", "weights", "activations", "KV", "KV a token")]
+    for each in ranks:
+        sizes = (
+            each["weight_bytes"],
+            each["activation_bytes"],
+            each["kv_bytes_per_token"] * tokens,
+            each["kv_bytes_per_token"],
+        )
+        rows.append((str(each["rank"]), *map(host.in_bytes, sizes)))
+    lines = [f"{name:<4}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in rows]
+    split = sum(each["weight_bytes"] - each["norm_bytes"] for each in ranks)
+    even = split / len(ranks) + ranks[0]["norm_bytes"]
+    most = max(each["weight_bytes"] for each in ranks)
+    lines.append(
+        f"an even share is 1/{len(ranks)} of {host.in_bytes(split)} and the norms' "
+        f"{host.in_bytes(ranks[0]['norm_bytes'])}; the largest rank has {most / even:.2%} of it"
+    )
+    return lines
+
+
 def _verdict(numbers: dict[str, Any], available: int) -> str:
     context, seqs = numbers["max_model_len"], numbers["max_num_seqs"]
     room = available - numbers["weight_bytes"] - numbers["activation_bytes"]
-    num_tokens = room // numbers["kv_bytes_per_token"]
+    # On GPUs the rank with the least room sets the pool.
+    num_tokens = numbers.get("kv_cache_tokens", room // numbers["kv_bytes_per_token"])
     if num_tokens >= context * seqs:
         return "fits"
     if num_tokens >= context:

@@ -35,9 +35,15 @@ def banner(settings: Sequence[Setting]) -> None:
 def describe_model(model: ModelInfo) -> str:
     """One line: what was loaded, and what of it is in memory."""
     pool = model.num_blocks * model.block_size
+    num_ranks = len(model.rank_weight_bytes)
+    on_ranks = ""
+    if num_ranks > 1:
+        on_ranks = (
+            f" ({host.in_bytes(max(model.rank_weight_bytes))} at most on each of {num_ranks} ranks)"
+        )
     return (
         f"{model.model}: {model.architecture}, {model.dtype} on {model.device}, weights "
-        f"{host.in_bytes(model.weight_bytes)}, KV {model.kv_cache_dtype} "
+        f"{host.in_bytes(model.weight_bytes)}{on_ranks}, KV {model.kv_cache_dtype} "
         f"{host.in_bytes(model.kv_cache_bytes)} = {model.num_blocks} blocks of "
         f"{model.block_size} = {pool} tokens, up to {model.max_num_seqs} sequences"
     )

@@ -6,7 +6,6 @@ up later. Every operation has a folder beside this file with its torch reference
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,6 +93,17 @@ class PackedWeight(Protocol):
     def num_bytes(self) -> int: ...
 
 
+class PackWeight(Protocol):
+    def __call__(self, weight: Tensor, sum_unit: int | None = None) -> PackedWeight:
+        """Lay weight, [out_features, in_features] in the dtype to compute in, out for `linear`.
+
+        sum_unit: the products of so many neighbouring inputs are summed on their own, before
+        their sums are added up. A weight of some of the units then gives the same sums, bit for
+        bit; only where `Kernels.summand_dtype` is wider than float32, else it changes nothing.
+        """
+        ...
+
+
 class Linear(Protocol):
     def __call__(
         self,
@@ -104,8 +114,9 @@ class Linear(Protocol):
     ) -> Tensor:
         """x @ weight.T + bias; x: [num_rows, in_features]; returns [num_rows, out_features].
 
-        weight is what pack_weight made. Accumulates in float32. A row's result does not depend
-        on the number of rows, bit for bit, where `Kernels.is_row_invariant`.
+        weight is what pack_weight made. Accumulates in float32, units of sums as pack_weight
+        says. A row's result does not depend on the number of rows, nor an element on the weight's
+        other outputs, bit for bit, where `Kernels.is_row_invariant`.
         """
         ...
 
@@ -164,7 +175,10 @@ class Kernels:
     rope_and_write_kv: RopeAndWriteKV
     paged_attention: PagedAttention
     silu_and_mul: SiluAndMul
-    pack_weight: Callable[[Tensor], PackedWeight]
-    """From [out_features, in_features] in the dtype to compute in."""
+    pack_weight: PackWeight
     linear: Linear
+    summand_dtype: torch.dtype
+    """What ranks that share a layer's inputs have `linear` return, to add. float64 holds sums of
+    float32 so exactly that, rounded to float32, their total does not show in which order they
+    were added: it errs only between summands some 2^26 apart, by 2^-53."""
     sample: Sample

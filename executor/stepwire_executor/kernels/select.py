@@ -96,6 +96,7 @@ def triton_kernels() -> Kernels:
         silu_and_mul=silu_triton.silu_and_mul,
         pack_weight=linear_triton.pack_weight,
         linear=linear_triton.linear,
+        summand_dtype=torch.float32,
         sample=sample_triton.sample,
     )
 
@@ -112,6 +113,7 @@ def reference_kernels() -> Kernels:
         silu_and_mul=silu_and_mul,
         pack_weight=linear.pack_weight,
         linear=linear.linear,
+        summand_dtype=torch.float32,
         sample=sample,
     )
 
@@ -128,5 +130,6 @@ def native_kernels(library: NativeLibrary) -> Kernels:
         silu_and_mul=make_silu_and_mul(library),
         pack_weight=linear_cpu.pack_weight,
         linear=linear_cpu.make_linear(library),
+        summand_dtype=linear_cpu.SUMMAND_DTYPE,
         sample=make_sample(library),
     )

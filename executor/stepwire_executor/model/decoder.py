@@ -28,7 +28,7 @@ from stepwire_executor.model.layers import (
 from stepwire_executor.model.rope import cos_sin_table
 from stepwire_executor.model.weights.source import WeightSource
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
-from stepwire_executor.parallel.sharding import ModelShard, make_shard
+from stepwire_executor.parallel.sharding import ModelShard, has_own_head, make_shard
 
 _READERS = 2
 """Threads that read and dequantise; numpy lets go of the interpreter lock meanwhile."""
@@ -42,8 +42,9 @@ class Decoder:
     """Turns a step's tokens into logits, keeping keys and values in a paged cache.
 
     A rank of a group holds its shard of the weights and of the cache's heads. Its summands of
-    the residual stream are float32 until all are added, and every rank gets all logits, so that
-    each samples the same tokens from the same bits.
+    the residual stream stay wide until all are added, and every rank gets all logits, so that
+    each samples the same tokens from the same bits. Sums are cut at the same places for any
+    number of ranks, so these bits are those of one rank where kernels.summand_dtype is float64.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Decoder:
         config: of the whole model. dtype: of weights and activations. max_model_len: positions
         that can be rotated. The source must have passed check_tensors. Raises ModelLoadError.
         """
-        shard = make_shard(config, group.rank, group.world_size)
+        shard = make_shard(
+            config, group.rank, group.world_size, has_own_head=has_own_head(config, device)
+        )
         config = shard.local_config(config)
         self.config = config
         self.dtype = dtype
@@ -81,7 +84,7 @@ class Decoder:
         # Closed at once when packing or the callback fails, so that no thread reads on.
         with contextlib.closing(_read_ahead(source, config, dtype, shard)) as hosts:
             for host in hosts:
-                layers.append(pack_layer(host, config, len(layers), kernels, device))
+                layers.append(pack_layer(host, config, len(layers), kernels, device, shard))
                 on_progress("read weights", (1 + len(layers)) / num_parts)
         self._layers = tuple(layers)
         self._final_norm = read_tensor(source, "model.norm.weight", dtype).to(device)
@@ -183,8 +186,11 @@ class Decoder:
         """A projection whose columns the ranks share; x: this rank's columns."""
         if self._group.world_size == 1:
             return self._kernels.linear(x, projection.weight, projection.bias)
-        partial = self._kernels.linear(x, projection.weight, projection.bias, torch.float32)
-        return self._group.all_reduce(partial).to(self.dtype)
+        partial = self._kernels.linear(
+            x, projection.weight, projection.bias, self._kernels.summand_dtype
+        )
+        # A single rank's kernel rounds to float32 as well before it rounds to the dtype.
+        return self._group.all_reduce(partial).to(torch.float32).to(self.dtype)
 
 
 def _read_vocab(source: WeightSource, name: str, dtype: torch.dtype, shard: ModelShard) -> Tensor:

@@ -140,9 +140,15 @@ def read_layer(
 
 
 def pack_layer(
-    host: HostLayer, config: ModelConfig, index: int, kernels: Kernels, device: torch.device
+    host: HostLayer,
+    config: ModelConfig,
+    index: int,
+    kernels: Kernels,
+    device: torch.device,
+    shard: ModelShard,
 ) -> DecoderLayer:
     """Bring a layer to the device in the layout its kernels multiply fastest."""
+    sum_units = {"attention_output": shard.attention_sum_unit, "down": shard.mlp_sum_unit}
 
     def tensor(field: str) -> Tensor | None:
         found = host.tensors.get(field)
@@ -152,7 +158,9 @@ def pack_layer(
         return host.tensors[field].to(device)
 
     def projection(field: str) -> Projection:
-        weight = kernels.pack_weight(host.tensors[field + ".weight"].to(device))
+        weight = kernels.pack_weight(
+            host.tensors[field + ".weight"].to(device), sum_units.get(field)
+        )
         return Projection(weight=weight, bias=tensor(field + ".bias"))
 
     return DecoderLayer(

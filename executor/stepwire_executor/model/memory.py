@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from stepwire_executor.kv_cache import bytes_per_block
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.weights.expected import expected_tensors
+from stepwire_executor.parallel.sharding import ModelShard
 
 _LOGIT_COPIES = 2
 """The sampler holds float32 scores beside the logits."""
@@ -19,12 +21,14 @@ _MAX_SPLITS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on the device, and the tokens that they are for."""
+    """Bytes on one rank's device, and the tokens that they are for."""
 
     num_parameters: int
-    """Elements of the checkpoint; a tied table counts once."""
+    """Elements of the rank's part of the checkpoint; a tied table counts once."""
     weight_bytes: int
     """As packed; on a CPU a tied table counts twice, for lookup and laid out as the head."""
+    norm_bytes: int
+    """The part of weight_bytes that is whole on every rank."""
     activation_bytes: int
     """Most that a step holds beside weights and KV: the layers' buffers or the logits, and the
     rotary table; on a GPU the tables of slots too."""
@@ -42,6 +46,7 @@ class MemoryPlan:
 
 def estimate_memory(
     config: ModelConfig,
+    shard: ModelShard,
     *,
     dtype: torch.dtype,
     kv_cache_dtype: torch.dtype,
@@ -54,12 +59,17 @@ def estimate_memory(
 ) -> MemoryPlan:
     """Add up tensors by shape; what CUDA takes for itself is not in it.
 
-    dtype: of weights and activations. kv_cache_dtype: of KV pages, float8_e4m3fn for fp8.
-    has_static_kv_scales: whether the checkpoint brings the scales of an fp8 cache.
+    config: of the whole model; shard: the rank's part of it. dtype: of weights and activations.
+    kv_cache_dtype: of KV pages, float8_e4m3fn for fp8. has_static_kv_scales: whether the checkpoint
+    brings the scales of an fp8 cache.
     """
+    vocab_size = config.vocab_size
+    config = dataclasses.replace(shard.local_config(config), vocab_size=len(shard.vocab))
+    tensors = _tensors(config, shard)
     is_copied = config.tie_word_embeddings and not is_gpu
-    num_parameters = sum(math.prod(shape) for shape in expected_tensors(config).values())
     table_copies = config.vocab_size * config.hidden_size if is_copied else 0
+    num_parameters = sum(tensors.values())
+    num_norms = sum(size for name, size in tensors.items() if name.endswith("norm.weight"))
     block_bytes = bytes_per_block(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -71,12 +81,18 @@ def estimate_memory(
     return MemoryPlan(
         num_parameters=num_parameters,
         weight_bytes=(num_parameters + table_copies) * dtype.itemsize,
+        norm_bytes=num_norms * dtype.itemsize,
         activation_bytes=max(
-            max_num_batched_tokens * _widest_token(config) * dtype.itemsize,
-            max_num_seqs * config.vocab_size * 4 * _LOGIT_COPIES,
+            max_num_batched_tokens
+            * (_widest_token(config) * dtype.itemsize + _summand_bytes(config, shard, is_gpu)),
+            max_num_seqs * 4 * (vocab_size * _LOGIT_COPIES + _gathered_logits(shard)),
         )
         + max_model_len * config.rope.rotary_dim * 4
-        + (_device_bytes(config, max_num_seqs, max_model_len, block_size) if is_gpu else 0),
+        + (
+            _device_bytes(config, vocab_size, max_num_seqs, max_model_len, block_size)
+            if is_gpu
+            else 0
+        ),
         kv_bytes_per_block=block_bytes,
         kv_bytes_per_token=block_bytes // block_size,
         block_size=block_size,
@@ -85,11 +101,34 @@ def estimate_memory(
     )
 
 
+def _tensors(config: ModelConfig, shard: ModelShard) -> dict[str, int]:
+    """Elements by name of a rank's part, whose config this is; the first rank adds the biases."""
+    sizes = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
+    if shard.rank == 0:
+        return sizes
+    summed = ("o_proj.bias", "down_proj.bias")
+    return {name: size for name, size in sizes.items() if not name.endswith(summed)}
+
+
+def _summand_bytes(config: ModelConfig, shard: ModelShard, is_gpu: bool) -> int:
+    """Bytes a token while ranks add: this one's summand, and those of all."""
+    if shard.world_size == 1:
+        return 0
+    return config.hidden_size * (4 if is_gpu else 8) * (1 + shard.world_size)
+
+
+def _gathered_logits(shard: ModelShard) -> int:
+    """Elements a row, while the parts of all ranks are joined."""
+    if shard.world_size == 1:
+        return 0
+    return shard.max_vocab_rows * (1 + shard.world_size)
+
+
 def _device_bytes(
-    config: ModelConfig, max_num_seqs: int, max_model_len: int, block_size: int
+    config: ModelConfig, vocab_size: int, max_num_seqs: int, max_model_len: int, block_size: int
 ) -> int:
     """Tables of slots on a GPU, and what attention keeps of each part of a context."""
-    token_counts = (max_num_seqs + 1) * config.vocab_size * 4
+    token_counts = (max_num_seqs + 1) * vocab_size * 4
     block_table = (max_num_seqs + 1) * math.ceil(max_model_len / block_size) * 4
     split_rows = max_num_seqs * config.num_heads * min(_MAX_SPLITS, math.ceil(max_model_len / 512))
     return token_counts + 2 * block_table + split_rows * (config.head_dim + 2) * 4

@@ -13,12 +13,12 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed's names untyped
 
 from stepwire_executor.errors import ModelLoadError, PlanOrderError
+from stepwire_executor.host import usable_cores
+from stepwire_executor.kernels.native.library import NativeLibrary
+from stepwire_executor.parallel.shared_memory import SharedMemory, share_memory
 
 LOAD_TIMEOUT = datetime.timedelta(minutes=30)
 """Longest wait for a rank that still loads its part."""
-STEP_TIMEOUT = datetime.timedelta(seconds=20)
-"""Longest wait for another rank inside a step. A scheduler gives a small step up sooner; this ends
-processes, so that a supervisor starts the group again."""
 _POLL_S = 0.02
 _GLOO_THREADS = 2
 """With one, a wake-up of every operation waits for a tick of the system's clock."""
@@ -40,12 +40,15 @@ class ProcessGroup:
         world_size: int,
         device: torch.device,
         hostname: str,
-        step_timeout: datetime.timedelta = STEP_TIMEOUT,
+        step_timeout: datetime.timedelta,
+        library: NativeLibrary | None = None,
     ) -> None:
         """Connect to every other rank, which does the same; RuntimeError where one is late.
 
         store: of this group alone. hostname: an address of this machine that the others reach;
-        gloo listens there and nowhere else.
+        gloo listens there and nowhere else. step_timeout: longest wait for another rank inside a
+        step. library: has what ranks of one machine exchange through shared memory with; without
+        it they use gloo as well.
         """
         self.rank = rank
         self.world_size = world_size
@@ -54,11 +57,30 @@ class ProcessGroup:
             PrefixStore("control", store), rank, world_size, hostname, step_timeout
         )
         self._data = self._control
+        self._shared: SharedMemory | None = None
         if device.type == "cuda":
             self._data = _nccl(PrefixStore("data", store), rank, world_size, step_timeout)
+        self._shared = share_memory(
+            library if device.type == "cpu" else None,
+            PrefixStore("shared", store),
+            lambda number: self._exchange((number,))[:, 0].tolist(),
+            rank=rank,
+            world_size=world_size,
+            timeout=step_timeout,
+            spins=world_size <= usable_cores(),
+        )
+
+    @property
+    def transport(self) -> str:
+        """How tensors travel, for logs."""
+        if self._shared is not None:
+            return "shared memory"
+        return "gloo" if self._data is self._control else "nccl"
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         """See RankGroup."""
+        if self._shared is not None and self._shared.adds(partial.dtype):
+            return self._shared.add_up(partial)
         parts = self.all_gather(partial)
         total = parts[0]
         for part in parts[1:]:
@@ -68,7 +90,11 @@ class ProcessGroup:
     def all_gather(self, part: Tensor) -> Tensor:
         """See RankGroup."""
         parts = torch.empty((self.world_size, *part.shape), dtype=part.dtype, device=part.device)
-        if part.numel():
+        if not part.numel():
+            return parts
+        if self._shared is not None:
+            self._shared.gather(parts, part)
+        else:
             _gather(self._data, parts.view(-1).view(torch.uint8), part.view(-1).view(torch.uint8))
         return parts
 
@@ -105,9 +131,12 @@ class ProcessGroup:
     def _exchange(self, numbers: Sequence[int]) -> Tensor:
         """[world_size, len(numbers)] int64."""
         own = torch.tensor(numbers, dtype=torch.int64)
-        everyone = torch.empty(self.world_size * len(numbers), dtype=torch.int64)
-        _gather(self._control, everyone, own)
-        return everyone.view(self.world_size, -1)
+        everyone = torch.empty((self.world_size, len(numbers)), dtype=torch.int64)
+        if self._shared is not None:
+            self._shared.gather(everyone, own)
+        else:
+            _gather(self._control, everyone.view(-1), own)
+        return everyone
 
     def _wait_for_all(self) -> None:
         """Meet at the store, which bears a longer wait than a step's."""

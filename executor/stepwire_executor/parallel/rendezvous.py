@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
+import structlog
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from stepwire_executor.config import ExecutorConfig
 from stepwire_executor.errors import ModelLoadError
+from stepwire_executor.kernels.native.library import NativeLibrary
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.parallel.process_group import LOAD_TIMEOUT, ProcessGroup
 
@@ -22,17 +26,25 @@ _POLL_S = 0.05
 _BACKLOG = 1024
 _STALE_KEY = "stale"
 
+_log: Any = structlog.get_logger("stepwire_executor.parallel")
+
 OnLost = Callable[[str], None]
 OnWait = Callable[[], None]
 
 
 def join_group(
-    config: ExecutorConfig, device: torch.device, *, on_lost: OnLost, on_wait: OnWait
+    config: ExecutorConfig,
+    device: torch.device,
+    *,
+    on_lost: OnLost,
+    on_wait: OnWait,
+    library: NativeLibrary | None = None,
 ) -> RankGroup:
     """Meet the other ranks and connect to them; a group of one needs nobody.
 
     on_lost: told, on a thread of its own, why the group is no more. on_wait: called again and
-    again while other ranks are waited for; may raise to give up. Raises ModelLoadError.
+    again while other ranks are waited for; may raise to give up. library: see ProcessGroup.
+    Raises ModelLoadError.
     """
     world_size, rank = config.tensor_parallel_size, config.rank
     if world_size == 1:
@@ -50,6 +62,8 @@ def join_group(
             world_size=world_size,
             device=device,
             hostname=_own_address(host, port),
+            step_timeout=datetime.timedelta(milliseconds=config.collective_timeout_ms),
+            library=library,
         )
         watched = _connect(config, host, port, is_server=False)
     except RuntimeError as error:
@@ -59,6 +73,7 @@ def join_group(
             f"rank {rank} cannot join its group at {config.master_address}: {reason}; start all "
             f"{world_size} ranks together, with the same --master-address"
         ) from None
+    _log.info("ranks_joined", world_size=world_size, transport=group.transport)
     watcher = threading.Thread(
         target=_watch, args=(watched, on_lost), name="group-watch", daemon=True
     )

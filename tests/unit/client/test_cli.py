@@ -368,6 +368,7 @@ NUMBERS = {
     "max_model_len": 1024,
     "max_num_seqs": 64,
     "kv_bytes": 64 << 20,
+    "ranks": [],
 }
 
 
@@ -379,6 +380,26 @@ def test_plan_says_whether_it_fits(available_mib: int, verdict: str) -> None:
     text = plan.table({**NUMBERS, "available_bytes": available_mib << 20})
     assert "300.0 MiB" in text
     assert text.splitlines()[-1].startswith(verdict)
+
+
+def test_plan_shows_what_each_rank_holds() -> None:
+    rank = {"norm_bytes": 1 << 20, "activation_bytes": 10 << 20, "kv_bytes_per_token": 512}
+    ranks = [
+        {"rank": 0, "weight_bytes": 161 << 20, **rank},
+        {"rank": 1, "weight_bytes": 141 << 20, **rank},
+    ]
+    text = plan.table({**NUMBERS, "available_bytes": None, "ranks": ranks})
+    lines = text.splitlines()
+    assert any(line.split()[:3] == ["0", "161.0", "MiB"] for line in lines)
+    assert any(line.split()[:3] == ["1", "141.0", "MiB"] for line in lines)
+    # Half of 300 MiB and the norms are 151 MiB.
+    assert "106.62%" in text
+
+
+def test_the_least_room_of_a_gpu_sets_what_fits() -> None:
+    numbers = {**NUMBERS, "available_bytes": 10 << 30, "kv_cache_bytes": 1 << 30}
+    text = plan.table({**numbers, "kv_cache_tokens": 3 * 1024 + 5})
+    assert "fits 3 sequences" in text
 
 
 def test_fetch_model_fetches_only_what_is_missing(

@@ -43,6 +43,7 @@ def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
         "enforce_eager": "true",
         "tensor_parallel_size": "4",
         "rank": "2",
+        "collective_timeout_ms": "900",
         "master_address": "10.0.0.1:29500",
         "local_rank": "1",
         "local_world_size": "2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.model import LoadedModel, load_model
 from stepwire_executor.parallel.process_group import ProcessGroup
+from stepwire_executor.plan import plan_model
 from support.gguf_files import write_gguf
 from support.model_steps import CPU, ModelSteps, SteppedSequence
 from support.rank_threads import run_ranks
 from torch import Tensor
 
 TOLERANCE = 1e-4
+"""Where ranks outnumber KV heads, or kernels cannot add without rounding."""
 COMMON: dict[str, Any] = {
     "vocab_size": 101,  # shares of a prime number of rows differ
     "hidden_size": 48,
@@ -89,6 +92,11 @@ def _load(
     )
 
 
+def _adds_exactly() -> bool:
+    """Whether any number of ranks, up to that of KV heads, is to have the bits of one."""
+    return select_kernels(CPU).summand_dtype == torch.float64
+
+
 def _logits(model: LoadedModel) -> Tensor:
     """Of every prompt's every token: prefilled in two chunks together, then decoded singly."""
     steps = ModelSteps(model)
@@ -105,12 +113,30 @@ def _logits(model: LoadedModel) -> Tensor:
 def test_logits_are_those_of_one_rank_and_the_same_bits_on_all(
     directory: Path, world_size: int
 ) -> None:
-    alone = _logits(_load(directory))
+    whole = _load(directory)
+    alone = _logits(whole)
     by_rank = run_ranks(world_size, lambda group: _logits(_load(directory, group)))
     assert by_rank[0].shape == alone.shape
+    if world_size <= whole.config.num_kv_heads and _adds_exactly():
+        assert torch.equal(by_rank[0], alone)
     assert (by_rank[0] - alone).abs().max() < TOLERANCE
     for other in by_rank[1:]:
         assert torch.equal(other, by_rank[0])
+
+
+def test_summands_rounded_to_float32_would_show_the_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test of equal bits rests on; it could not tell otherwise."""
+    if not _adds_exactly():
+        pytest.skip("these kernels add float32")
+    path = _save(CONFIGS["llama"], tmp_path)
+    alone = _logits(_load(path))
+    narrow = dataclasses.replace(select_kernels(CPU), summand_dtype=torch.float32)
+    monkeypatch.setitem(globals(), "select_kernels", lambda device: narrow)
+    by_rank = run_ranks(2, lambda group: _logits(_load(path, group)))
+    assert not torch.equal(by_rank[0], alone)
+    assert (by_rank[0] - alone).abs().max() < TOLERANCE
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(directory: Path) -> None:
@@ -148,13 +174,44 @@ def test_ranks_share_the_weights_and_each_fingerprint_is_the_whole_models(
         assert total == pytest.approx(whole.weight_bytes - norms, rel=0.25)
 
 
-def test_half_precision_agrees_on_all_ranks(tmp_path: Path) -> None:
-    directory = _save(CONFIGS["llama-tied-biased"], tmp_path)
-    alone = _logits(_load(directory, dtype=torch.bfloat16))
-    first, second = run_ranks(
-        2, lambda group: _logits(_load(directory, group, dtype=torch.bfloat16))
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_plan_of_each_rank_is_what_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, has_bias: bool
+) -> None:
+    config = transformers.LlamaConfig(**COMMON, attention_bias=has_bias, mlp_bias=has_bias)
+    path = _save(config, tmp_path)
+    reference = select_kernels(CPU, "reference")  # which pad nothing
+    monkeypatch.setitem(globals(), "select_kernels", lambda device: reference)
+    models = run_ranks(world_size, lambda group: _load(path, group))
+    planned = plan_model(
+        path,
+        dtype="float32",
+        kv_cache_dtype="auto",
+        block_size=16,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        max_model_len=None,
+        load_format="auto",
+        tensor_parallel_size=world_size,
     )
+    ranks = planned["ranks"]
+    assert [each["weight_bytes"] for each in ranks] == [each.weight_bytes for each in models]
+    assert planned["weight_bytes"] == sum(each.weight_bytes for each in models)
+    norms = 2 * config.num_hidden_layers + 1
+    assert {each["norm_bytes"] for each in ranks} == {4 * norms * config.hidden_size}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_the_bits_of_one_rank_as_well(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    directory = _save(CONFIGS["llama-tied-biased"], tmp_path)
+    alone = _logits(_load(directory, dtype=dtype))
+    first, second = run_ranks(2, lambda group: _logits(_load(directory, group, dtype=dtype)))
     assert torch.equal(first, second)
+    if _adds_exactly():
+        assert torch.equal(first, alone)
     assert (first - alone).abs().max() < 0.05 * alone.abs().max()
 
 
@@ -170,6 +227,8 @@ def test_gguf_files_are_shared_as_well(tmp_path: Path, matrix_type: str) -> None
     for world_size in (2, 3):
         by_rank = run_ranks(world_size, lambda group: _logits(_load(path, group)))
         assert (by_rank[0] - alone).abs().max() < TOLERANCE
+        if _adds_exactly():
+            assert torch.equal(by_rank[0], alone)
 
 
 def test_dummy_weights_are_slices_of_the_same_whole(tmp_path: Path) -> None:

@@ -67,9 +67,29 @@ def test_parts_are_whole_in_order_and_heads_find_their_kv_head(
         assert max(kv_sizes) - min(kv_sizes) <= 1
     else:
         assert set(kv_sizes) == {1}
-    # No rank has much more to do than another.
-    inner = _sizes([shard.intermediate for shard in shards])
-    assert max(inner) <= max(1.125 * intermediate_size / world_size, min(inner) + 1)
+    # No rank has much more than another, in a layer or in all.
+    width = config.hidden_size
+    column = 3 * width
+    attention = [_attention_size(config, shard) for shard in shards]
+    layer = [
+        held + column * len(shard.intermediate)
+        for held, shard in zip(attention, shards, strict=True)
+    ]
+    least = max(sum(layer) / world_size, max(attention) + column)
+    assert max(layer) <= 1.125 * least + column
+    row = 2 * width  # of the embedding and of the head
+    whole = [
+        config.num_layers * held + row * len(shard.vocab)
+        for held, shard in zip(layer, shards, strict=True)
+    ]
+    least = max(sum(whole) / world_size, config.num_layers * max(layer) + row)
+    assert max(whole) <= least + 32 * row
+
+
+def _attention_size(config: ModelConfig, shard: ModelShard) -> int:
+    """Elements of queries and outputs, of keys and values."""
+    num_heads = 2 * len(shard.query_heads) + 2 * len(shard.kv_heads)
+    return num_heads * config.head_dim * config.hidden_size
 
 
 def test_three_kv_heads_on_two_ranks_are_two_and_one() -> None:
@@ -93,3 +113,44 @@ def test_parts_of_a_common_model_are_equal_and_keep_groups_of_quantised_weights(
         assert len({len(getattr(shard, name)) for shard in shards}) == 1, name
     assert all(a.intermediate.stop == b.intermediate.start for a, b in pairwise(shards))
     assert all(shard.intermediate.start % 256 == 0 for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_sizes"),
+    [
+        ({}, (1, 2, 3, 4, 5, 6, 7, 8)),
+        ({"hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64,
+          "intermediate_size": 1536, "vocab_size": 49152, "num_layers": 30}, (1, 2, 3)),
+    ],
+)  # fmt: skip
+def test_every_number_of_ranks_parts_sums_at_the_same_places(
+    changes: dict[str, int], world_sizes: tuple[int, ...]
+) -> None:
+    config = _config(**changes)
+    whole = make_shard(config, 0, 1)
+    assert whole.mlp_sum_unit == 256
+    for world_size in world_sizes:
+        for shard in _shards(config, world_size):
+            first_input = shard.query_heads.start * config.head_dim
+            assert first_input % shard.attention_sum_unit == 0
+            assert shard.intermediate.start % 256 == 0
+            assert (shard.attention_sum_unit, shard.mlp_sum_unit) == (
+                whole.attention_sum_unit,
+                whole.mlp_sum_unit,
+            )
+
+
+def test_a_rank_with_fewer_heads_has_more_of_the_rest() -> None:
+    """Two KV heads and one: each holds half of all weights, to a panel of 32 rows."""
+    changes = {"hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
+    config = _config(**changes, intermediate_size=1536, vocab_size=49152, num_layers=30)
+    for has_own_head in (True, False):
+        shards = [make_shard(config, rank, 2, has_own_head=has_own_head) for rank in range(2)]
+        row = config.hidden_size * (2 if has_own_head else 1)
+        first, second = (
+            config.num_layers
+            * (_attention_size(config, shard) + 3 * config.hidden_size * len(shard.intermediate))
+            + row * len(shard.vocab)
+            for shard in shards
+        )
+        assert abs(first - second) <= 32 * row

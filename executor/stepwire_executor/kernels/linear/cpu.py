@@ -13,6 +13,8 @@ from stepwire_executor.kernels.native.library import COMPUTE_DTYPES, DTYPE_CODES
 
 _PANEL = 32
 """Outputs that are computed together; PANEL in linear.cpp."""
+SUMMAND_DTYPE = torch.float64
+"""Of the sums of chains; see `interface.Kernels`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,8 @@ class PanelWeight:
     """Length of a result's row."""
     in_features: int
     """Length of an input's row."""
+    chain_length: int
+    """Neighbouring inputs whose products are summed in float32, before float64 adds such sums."""
 
     @property
     def num_bytes(self) -> int:
@@ -32,8 +36,11 @@ class PanelWeight:
         return self.values.nbytes
 
 
-def pack_weight(weight: Tensor) -> PanelWeight:
-    """Lay weight, [out_features, in_features] in the dtype to compute in, out in panels."""
+def pack_weight(weight: Tensor, sum_unit: int | None = None) -> PanelWeight:
+    """Lay weight, [out_features, in_features] in the dtype to compute in, out in panels.
+
+    sum_unit: see `interface.PackWeight`; even in bfloat16, which is multiplied in pairs.
+    """
     if weight.ndim != 2 or weight.dtype not in COMPUTE_DTYPES:
         raise ValueError(
             "weight must be [out_features, in_features] in float32, bfloat16 or float16, "
@@ -41,6 +48,8 @@ def pack_weight(weight: Tensor) -> PanelWeight:
         )
     out_features, in_features = weight.shape
     depth = 2 if weight.dtype == torch.bfloat16 else 1
+    if sum_unit is not None and (sum_unit < 1 or sum_unit % depth):
+        raise ValueError(f"sum_unit must be a positive multiple of {depth}, not {sum_unit}")
     padding = (0, -in_features % depth, 0, -out_features % _PANEL)
     padded = functional.pad(weight, padding) if any(padding) else weight  # pad always copies
     steps = padded.shape[1] // depth
@@ -51,6 +60,7 @@ def pack_weight(weight: Tensor) -> PanelWeight:
         values=panels.view(weight.dtype).view(-1, steps, _PANEL, depth),
         out_features=out_features,
         in_features=in_features,
+        chain_length=sum_unit or max(steps, 1) * depth,
     )
 
 
@@ -71,8 +81,10 @@ def make_linear(library: NativeLibrary) -> Linear:
                 f"[*, {weight.in_features}]"
             )
         out_dtype = out_dtype or x.dtype
-        if out_dtype not in COMPUTE_DTYPES:
-            raise ValueError(f"out_dtype must be float32, bfloat16 or float16, not {out_dtype}")
+        if out_dtype not in COMPUTE_DTYPES and out_dtype != SUMMAND_DTYPE:
+            raise ValueError(
+                f"out_dtype must be float32, bfloat16, float16 or float64, not {out_dtype}"
+            )
         if bias is not None:
             if bias.shape != (weight.out_features,) or bias.dtype not in COMPUTE_DTYPES:
                 raise ValueError(
@@ -100,6 +112,7 @@ def make_linear(library: NativeLibrary) -> Linear:
             num_rows,
             steps,
             weight.out_features,
+            weight.chain_length // depth,
             torch.get_num_threads(),
         )
         return out

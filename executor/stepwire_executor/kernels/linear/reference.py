@@ -35,8 +35,8 @@ class DenseWeight:
         return self.values.nbytes
 
 
-def pack_weight(weight: Tensor) -> DenseWeight:
-    """Keep weight, [out_features, in_features], as it is."""
+def pack_weight(weight: Tensor, sum_unit: int | None = None) -> DenseWeight:
+    """Keep weight, [out_features, in_features], as it is; torch knows no units of sums."""
     if weight.ndim != 2:
         raise ValueError(f"weight must be [out_features, in_features], not {tuple(weight.shape)}")
     return DenseWeight(values=weight.contiguous())

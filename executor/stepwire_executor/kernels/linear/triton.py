@@ -46,8 +46,8 @@ class ChunkedWeight(reference.DenseWeight):
     """[num_tiles] int32, zero between launches; None for one chunk."""
 
 
-def pack_weight(weight: Tensor) -> ChunkedWeight:
-    """Keep weight, [out_features, in_features], as it is."""
+def pack_weight(weight: Tensor, sum_unit: int | None = None) -> ChunkedWeight:
+    """Keep weight, [out_features, in_features], as it is; sums are cut by its shape alone."""
     values = reference.pack_weight(weight).values
     cuts = chunks(*values.shape)
     arrivals = None

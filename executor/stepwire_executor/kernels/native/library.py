@@ -17,6 +17,7 @@ DTYPE_CODES = {
     torch.bfloat16: 1,
     torch.float16: 2,
     torch.float8_e4m3fn: 3,
+    torch.float64: 4,
 }
 """As in src/vec.h."""
 
@@ -31,13 +32,15 @@ _TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
 _SIGNATURES: dict[str, tuple[type[ctypes.c_int64] | None, str]] = {
     # p: pointer, i: int64, f: float; the parameters are named in src/*.cpp.
     "stepwire_linear_takes_bf16": (_INT, ""),
-    "stepwire_linear": (None, "pi pi pi pi iiii"),
+    "stepwire_linear": (None, "pi pi pi pi iiiii"),
     "stepwire_rms_norm": (None, "piii pi ppf iiii"),
     "stepwire_silu_and_mul": (None, "pii p iii"),
     "stepwire_rope_and_write_kv": (_INT, "pii pii pii i pii pp ppppp iii iiiii fff i"),
     "stepwire_paged_attention": (_INT, "piii pppp ii pppi p iiiii f i ff i"),
     "stepwire_sample": (None, "piii pppp ppp pp i"),
     "stepwire_gumbel_noise": (None, "iiii pp"),
+    "stepwire_shared_bytes": (_INT, "ii"),
+    "stepwire_exchange": (_INT, "piii pii i ppi i"),
 }
 Function = Callable[..., int]
 """A C function; pointers are passed as integers, 0 is null."""
@@ -45,7 +48,7 @@ Function = Callable[..., int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeLibrary:
-    """Functions of the compiled kernels; every one of them ends with the number of threads."""
+    """Functions of the compiled library; every kernel ends with the number of threads."""
 
     features: str
     """Widest instructions in use: "avx512_bf16", "avx512" or "avx2"."""
@@ -58,6 +61,9 @@ class NativeLibrary:
     paged_attention: Function
     sample: Function
     gumbel_noise: Function
+    shared_bytes: Function
+    """Memory of a group of ranks; see src/shared_memory.cpp."""
+    exchange: Function
 
 
 def load_library(

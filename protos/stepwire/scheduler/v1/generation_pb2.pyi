@@ -863,6 +863,7 @@ class GetModelResponse(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    RANK_WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name that clients see."""
     state: Global___ModelState.ValueType
@@ -880,6 +881,7 @@ class GetModelResponse(_message.Message):
     """Tokens a KV block."""
     num_blocks: _builtins.int
     weight_bytes: _builtins.int
+    """Over all ranks of a tensor-parallel group, like kv_cache_bytes."""
     kv_cache_bytes: _builtins.int
     device: _builtins.str
     """"cpu", "cuda:0 NVIDIA H100", …"""
@@ -892,6 +894,10 @@ class GetModelResponse(_message.Message):
 
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def rank_weight_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The part of weight_bytes that each rank holds, in the order of ranks."""
+
     def __init__(
         self,
         *,
@@ -912,10 +918,11 @@ class GetModelResponse(_message.Message):
         max_num_seqs: _builtins.int = ...,
         max_num_batched_tokens: _builtins.int = ...,
         has_chat_template: _builtins.bool = ...,
+        rank_weight_bytes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_progress", b"load_progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_dtype", b"kv_cache_dtype", "load_progress", b"load_progress", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "state", b"state", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_dtype", b"kv_cache_dtype", "load_progress", b"load_progress", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "rank_weight_bytes", b"rank_weight_bytes", "state", b"state", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,8 +1,12 @@
 // Linear layers over weights packed in panels of 32 outputs.
 //
-// An output is one chain of multiply-adds over k = 0, 1, 2, ..., whatever the number of rows and
-// threads: rows are blocked and panels are shared out, k is never split. That makes a row's bits
-// independent of its neighbours, and costs nothing: panels are read once, front to back.
+// An output is one chain of multiply-adds over k = 0, 1, 2, ..., or several of a fixed length whose
+// sums are added in float64, whatever the number of rows and threads: rows are blocked and panels
+// are shared out, k is not. That makes a row's bits independent of its neighbours, and costs
+// nothing: panels are read once, front to back.
+//
+// Ranks that share k each compute some of the chains. float64 adds up float32 sums without an
+// error unless they lie some 2^26 apart, so the order does not show once the total is rounded.
 
 #include <algorithm>
 
@@ -84,6 +88,7 @@ struct Call {
   void* out;
   int64_t out_dtype;
   int64_t num_rows, num_steps, num_outputs;
+  int64_t chain_steps;
 };
 
 template <class T>
@@ -97,6 +102,15 @@ void store_panel(T* out, const vf* acc, int64_t n) {
   }
 }
 
+void store_panel(double* out, const vd2* totals, int64_t n) {
+  double lanes[PANEL];
+  for (int p = 0; p < P; ++p) {
+    store_as(lanes + p * W, totals[p].low);
+    store_as(lanes + p * W + W / 2, totals[p].high);
+  }
+  std::memcpy(out, lanes, n * sizeof(double));
+}
+
 template <class T>
 void load_bias(const T* bias, vf* out, int64_t n) {
   for (int p = 0; p < P; ++p) {
@@ -108,25 +122,49 @@ void load_bias(const T* bias, vf* out, int64_t n) {
 template <class Kind, int ROWS>
 void multiply_rows(const Call& call, const typename Kind::Weight* panel, int64_t row,
                    int64_t first_output, const vf* bias) {
-  vf acc[ROWS][P] = {};
   const auto* x = static_cast<const typename Kind::X*>(call.x) + row * call.x_stride;
-  for (int64_t step = 0; step < call.num_steps; ++step) {
-    typename Kind::Values w[P];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) w[p] = Kind::weights(panel + p * W * Kind::DEPTH);
-#pragma GCC unroll 8
+  const bool has_totals = call.chain_steps < call.num_steps || call.out_dtype == F64;
+  vd2 totals[ROWS][P];
+  if (has_totals)
     for (int r = 0; r < ROWS; ++r)
+      for (int p = 0; p < P; ++p) totals[r][p] = bias ? widen(bias[p]) : vd2{};
+  vf acc[ROWS][P] = {};
+  for (int64_t step = 0; step < call.num_steps;) {
+    const int64_t end = std::min(step + call.chain_steps, call.num_steps);
+    for (; step < end; ++step) {
+      typename Kind::Values w[P];
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p)
-        acc[r][p] = Kind::multiply(w[p], x + r * call.x_stride, acc[r][p]);
-    x += Kind::DEPTH;
-    panel += PANEL * Kind::DEPTH;
+      for (int p = 0; p < P; ++p) w[p] = Kind::weights(panel + p * W * Kind::DEPTH);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p)
+          acc[r][p] = Kind::multiply(w[p], x + r * call.x_stride, acc[r][p]);
+      x += Kind::DEPTH;
+      panel += PANEL * Kind::DEPTH;
+    }
+    if (has_totals)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          totals[r][p] += widen(acc[r][p]);
+          acc[r][p] = vf{};
+        }
   }
   const int64_t n = std::min<int64_t>(PANEL, call.num_outputs - first_output);
   for (int r = 0; r < ROWS; ++r) {
-    if (bias)
-      for (int p = 0; p < P; ++p) acc[r][p] += bias[p];
     const int64_t offset = (row + r) * call.num_outputs + first_output;
+    if (call.out_dtype == F64) {
+      store_panel(static_cast<double*>(call.out) + offset, totals[r], n);
+      continue;
+    }
+    for (int p = 0; p < P; ++p) {
+      if (has_totals)
+        acc[r][p] = narrow(totals[r][p]);
+      else if (bias)
+        acc[r][p] += bias[p];
+    }
     switch (call.out_dtype) {
       case F32: store_panel(static_cast<float*>(call.out) + offset, acc[r], n); break;
       case BF16: store_panel(static_cast<bf16*>(call.out) + offset, acc[r], n); break;
@@ -186,14 +224,15 @@ extern "C" int64_t stepwire_linear_takes_bf16() {
 // out[row][n] = sum over k of x[row][k] weight[n][k], plus bias[n].
 // x: bf16 where stepwire_linear_takes_bf16 and the weight is bf16, else float32; its rows are
 // x_stride elements apart and hold num_steps * (2 if the weight is bf16 else 1) values.
-// weight: [panels][num_steps][32][2 if bf16 else 1], zero-padded. out: contiguous.
+// weight: [panels][num_steps][32][2 if bf16 else 1], zero-padded. out: contiguous, float64 too.
+// chain_steps: steps that are summed in float32; such sums and the bias are then added in float64.
 extern "C" void stepwire_linear(const void* x, int64_t x_stride, const void* weight,
                                 int64_t weight_dtype, const void* bias, int64_t bias_dtype,
                                 void* out, int64_t out_dtype, int64_t num_rows, int64_t num_steps,
-                                int64_t num_outputs, int64_t num_threads) {
+                                int64_t num_outputs, int64_t chain_steps, int64_t num_threads) {
   using namespace stepwire;
   const Call call{x,   x_stride,  weight,   bias,      bias_dtype,
-                  out, out_dtype, num_rows, num_steps, num_outputs};
+                  out, out_dtype, num_rows, num_steps, num_outputs, chain_steps};
   switch (weight_dtype) {
     case F32: run<Float32>(call, num_threads); break;
     case F16: run<Float16>(call, num_threads); break;

@@ -46,7 +46,7 @@ struct f16 {
 struct e4m3 {
   uint8_t bits;
 };
-enum DType : int64_t { F32 = 0, BF16 = 1, F16 = 2, E4M3 = 3 };
+enum DType : int64_t { F32 = 0, BF16 = 1, F16 = 2, E4M3 = 3, F64 = 4 };
 
 inline vf splat(float x) { return x - vf{}; }
 inline vu splat(uint32_t x) { return x - vu{}; }
@@ -91,6 +91,37 @@ inline vi to_int(vf x) {
 }
 
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+// W doubles: the lower lanes of a vf, then the upper ones.
+typedef double vd __attribute__((vector_size(STEPWIRE_VECTOR_BYTES)));
+struct vd2 {
+  vd low, high;
+};
+
+inline vd2 widen(vf x) {
+#ifdef STEPWIRE_AVX512
+  return {(vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)),
+          (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1))};
+#else
+  return {(vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)),
+          (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))};
+#endif
+}
+
+inline vf narrow(vd2 x) {
+#ifdef STEPWIRE_AVX512
+  const __m512 low = _mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)x.low));
+  return (vf)_mm512_insertf32x8(low, _mm512_cvtpd_ps((__m512d)x.high), 1);
+#else
+  const __m256 low = _mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)x.low));
+  return (vf)_mm256_insertf128_ps(low, _mm256_cvtpd_ps((__m256d)x.high), 1);
+#endif
+}
+
+inline void operator+=(vd2& a, vd2 b) {
+  a.low += b.low;
+  a.high += b.high;
+}
 
 // Sum of the lanes: halves are added until one lane is left.
 inline float sum(vf x) {
