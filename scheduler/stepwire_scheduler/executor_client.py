@@ -9,7 +9,8 @@ from typing import Any
 
 import grpc
 import structlog
-from stepwire.executor.v1 import executor_pb2, executor_pb2_grpc
+from google.protobuf.message import DecodeError
+from stepwire.executor.v1 import executor_pb2
 from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
 
 from stepwire_scheduler.errors import (
@@ -27,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _DESCRIBE_TIMEOUT_S = 5.0
+_DESCRIBE_METHOD = "/stepwire.executor.v1.ExecutorService/Describe"
 _EXECUTE_METHOD = "/stepwire.executor.v1.ExecutorService/Execute"
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -50,6 +52,17 @@ _AGREED_FIELDS = {
     "max_num_seqs": "--max-num-seqs",
     "max_num_batched_tokens": "--max-num-batched-tokens",
 }
+
+_AT_LEAST_ONE = (
+    *("vocab_size", "max_position_embeddings", "block_size", "num_blocks"),
+    *("max_num_seqs", "max_num_batched_tokens"),
+)
+"""What no executor that is ready lacks."""
+
+# Stand for messages that cannot be parsed: grpc.aio logs what a deserialiser raises with its
+# traceback, and hands out None.
+_MALFORMED_DESCRIPTION = Description()
+_MALFORMED_RESPONSE = executor_pb2.ExecuteResponse()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +111,14 @@ class ExecutorGroup:
                 grpc.aio.secure_channel(address, credentials, options=options)
                 for address in self._addresses
             ]
-        self._stubs = [executor_pb2_grpc.ExecutorServiceStub(c) for c in self._channels]
+        self._describe_methods = [
+            channel.unary_unary(
+                _DESCRIBE_METHOD,
+                request_serializer=executor_pb2.DescribeRequest.SerializeToString,
+                response_deserializer=_parse_description,
+            )
+            for channel in self._channels
+        ]
 
     def __str__(self) -> str:
         return ",".join(self._addresses)
@@ -112,8 +132,8 @@ class ExecutorGroup:
         try:
             descriptions = await asyncio.gather(
                 *(
-                    stub.Describe(executor_pb2.DescribeRequest(), timeout=_DESCRIBE_TIMEOUT_S)
-                    for stub in self._stubs
+                    describe(executor_pb2.DescribeRequest(), timeout=_DESCRIBE_TIMEOUT_S)
+                    for describe in self._describe_methods
                 )
             )
         except grpc.aio.AioRpcError as error:
@@ -123,6 +143,8 @@ class ExecutorGroup:
                 raise ExecutorTlsError(f"an executor cannot be reached: {fault}") from error
             raise PlanStreamError(f"no answer: {error.code().name}") from error
         self._has_answered = True
+        if any(description is _MALFORMED_DESCRIPTION for description in descriptions):
+            raise PlanStreamError("an executor describes itself in a malformed message")
         return list(descriptions)
 
     async def _renew(self) -> None:
@@ -145,7 +167,12 @@ class ExecutorGroup:
         )
         if self._plan_log is not None:
             self._plan_log.begin_epoch(by_rank[0][0])
-        stream = PlanStream(epoch, [channel for _, channel in by_rank], self._plan_log)
+        stream = PlanStream(
+            epoch,
+            [channel for _, channel in by_rank],
+            self._plan_log,
+            vocab_size=descriptions[0].vocab_size,
+        )
         try:
             await stream.open(descriptions[0].model_fingerprint)
         except BaseException:
@@ -162,6 +189,11 @@ def check_agreement(descriptions: Sequence[Description]) -> None:
     """Raise ExecutorMismatchError, which names the flag to change, unless the ranks agree."""
     check_ranks(descriptions)
     first = descriptions[0]
+    for field in _AT_LEAST_ONE:
+        if getattr(first, field) == 0:
+            raise ExecutorMismatchError(
+                f"an executor is ready with a {field} of 0: start it in the scheduler's version"
+            )
     for other in descriptions[1:]:
         for field, flag in _AGREED_FIELDS.items():
             if getattr(other, field) != getattr(first, field):
@@ -204,15 +236,21 @@ class PlanStream:
         epoch: int,
         channels: Sequence[grpc.aio.Channel],
         plan_log: PlanLog | None = None,
+        *,
+        vocab_size: int = 1 << 32,
     ) -> None:
-        """channels: by rank; rank 0's results count, the others must agree with them."""
+        """channels: by rank; rank 0's results count, the others must agree with them.
+
+        vocab_size: token ids are below it.
+        """
         self.epoch = epoch
+        self._vocab_size = vocab_size
         self._plan_log = plan_log
         self._calls = [
             channel.stream_stream(
                 _EXECUTE_METHOD,
                 request_serializer=_identity,
-                response_deserializer=executor_pb2.ExecuteResponse.FromString,
+                response_deserializer=_parse_response,
             )()
             for channel in channels
         ]
@@ -255,9 +293,16 @@ class PlanStream:
             ):
                 raise PlanStreamError(f"ranks diverged at step {result.step_id}", cause="disagreed")
         oldest = next(iter(self._plans), None)
-        if (result.epoch, result.step_id) != (self.epoch, oldest):
+        if result.epoch != self.epoch:
+            raise PlanStreamError("a result came for another epoch", cause="disagreed")
+        if result.step_id != oldest:
             raise PlanStreamError(
                 f"a result came for step {result.step_id}, not for {oldest}", cause="disagreed"
+            )
+        if max(result.sampled_token_ids, default=0) >= self._vocab_size:
+            raise PlanStreamError(
+                f"step {result.step_id} sampled a token outside of the vocabulary",
+                cause="disagreed",
             )
         plan = self._plans.pop(result.step_id)
         timings = result.timings
@@ -300,6 +345,8 @@ class PlanStream:
             raise PlanStreamError("the stream was cancelled") from None
         if any(reply is grpc.aio.EOF for reply in replies):
             raise PlanStreamError("an executor ended the stream")
+        if any(reply is _MALFORMED_RESPONSE for reply in replies):
+            raise PlanStreamError("an executor sent a malformed message", cause="disagreed")
         return replies
 
 
@@ -410,6 +457,20 @@ def _describe_loss(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
     return type(error).__name__
+
+
+def _parse_description(message: bytes) -> Description:
+    try:
+        return Description.FromString(message)
+    except DecodeError:
+        return _MALFORMED_DESCRIPTION
+
+
+def _parse_response(message: bytes) -> executor_pb2.ExecuteResponse:
+    try:
+        return executor_pb2.ExecuteResponse.FromString(message)
+    except DecodeError:
+        return _MALFORMED_RESPONSE
 
 
 def _identity(message: bytes) -> bytes:

@@ -1,0 +1,108 @@
+"""An executor that speaks the plan stream wrongly, once, and is served on a chosen port."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from stepwire.executor.v1 import executor_pb2 as pb
+from support.hashing_executor import HashingExecutor
+
+SERVICE = "stepwire.executor.v1.ExecutorService"
+
+Answer = pb.ExecuteResponse | bytes
+"""Bytes go out as they are."""
+Misbehaviour = Callable[[pb.ExecuteResponse], AsyncIterator[Answer]]
+"""What goes out in the place of a response."""
+
+Describe = Callable[[Any], Awaitable[bytes]]
+"""Answers Describe in its own way; gets the call's context."""
+
+
+class StreamOverError(Exception):
+    """Raised by a misbehaviour that ends the stream as if all were well."""
+
+
+@dataclass
+class FaultyExecutor(HashingExecutor):
+    """Right until its fault_at-th answer on a stream, the epoch's opening being the 0th.
+
+    From then on it says that it loads, so that there is one fault.
+    """
+
+    misbehave: Misbehaviour | None = None
+    fault_at: int = 3
+    num_faults: int = 0
+    describe: Describe | None = None
+    num_described: int = 0
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> Any:
+        self.num_described += 1
+        if self.describe is not None:
+            return await self.describe(context)
+        response = await super().Describe(request, context)
+        if self.num_faults:
+            response.load_state = pb.LOAD_STATE_LOADING
+        return response
+
+    async def Execute(
+        self, requests: AsyncIterator[pb.ExecuteRequest], context: Any
+    ) -> AsyncIterator[Any]:
+        num_answers = 0
+        async for response in super().Execute(requests, context):
+            if self.misbehave is not None and num_answers == self.fault_at:
+                self.num_faults += 1
+                try:
+                    async for answer in self.misbehave(response):
+                        yield answer
+                except StreamOverError:
+                    return
+            else:
+                yield response
+            num_answers += 1
+
+
+def _serialize(answer: Any) -> bytes:
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()
+
+
+@asynccontextmanager
+async def serving(executor: HashingExecutor, port: int) -> AsyncIterator[None]:
+    """Serve on a loopback port."""
+    methods = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            executor.Describe,
+            request_deserializer=pb.DescribeRequest.FromString,
+            response_serializer=_serialize,
+        ),
+        "Execute": grpc.stream_stream_rpc_method_handler(
+            executor.Execute,
+            request_deserializer=pb.ExecuteRequest.FromString,
+            response_serializer=_serialize,
+        ),
+    }
+    unbounded = (("grpc.max_send_message_length", -1),)
+    server = grpc.aio.server(options=unbounded)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    assert bound == port
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it never became so")
+        await asyncio.sleep(0.01)
