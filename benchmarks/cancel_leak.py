@@ -171,7 +171,9 @@ def serving(model: Path, scratch: Path) -> Iterator[SchedulerProcess]:
             num_blocks=NUM_BLOCKS,
             max_num_seqs=MAX_NUM_SEQS,
         ) as executor,
-        scheduler_process(model, executors=[executor], log=scratch / "scheduler.log") as scheduler,
+        scheduler_process(
+            model, executors=[executor.address], log=scratch / "scheduler.log"
+        ) as scheduler,
     ):
         yield scheduler
 

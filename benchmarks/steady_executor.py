@@ -15,6 +15,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +106,26 @@ class SteadyExecutor(executor_pb2_grpc.ExecutorServiceServicer):
         return result
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyProcess:
+    """One that runs."""
+
+    address: str
+    """HOST:PORT."""
+    pid: int
+    """Of the process."""
+
+
 @contextlib.contextmanager
-def steady_executor(*, log: Path, **settings: float) -> Iterator[str]:
-    """Run one as a process; settings: its options. Yields HOST:PORT."""
+def steady_executor(*, log: Path, **settings: float) -> Iterator[SteadyProcess]:
+    """Run one as a process; settings: its options."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "benchmarks.steady_executor", *flags]
     process = ManagedProcess("executor", command, log=log)
     try:
         address = process.wait_for_address(30.0, threading.Event())
         assert address is not None
-        yield address
+        yield SteadyProcess(address=address, pid=process.pid)
     finally:
         process.stop(2.0)
 
