@@ -7,7 +7,6 @@ Streams that ran under the fault go on at a good executor on the same address.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,10 @@ from support.faulty_executor import (
     FaultyExecutor,
     Misbehaviour,
     StreamOverError,
+    free_port,
     serving,
     until,
+    until_state,
 )
 from support.hashing_executor import HashingExecutor, expected_output
 from support.scheduler_tokenizers import write_tokenizer
@@ -35,12 +36,6 @@ from benchmarks.processes import SchedulerProcess, scheduler_process
 STEP_TIMEOUT_MS = 500
 NUM_TOKENS = 12
 NUM_STREAMS = 4
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _scheduler(tmp: Path, *ports: int) -> Any:
@@ -54,7 +49,7 @@ def _scheduler(tmp: Path, *ports: int) -> Any:
 
 @pytest.fixture(scope="module")
 def ports() -> list[int]:
-    return [_free_port(), _free_port()]
+    return [free_port(), free_port()]
 
 
 @pytest.fixture(scope="module")
@@ -164,21 +159,11 @@ EXPECTED = [expected_output([i, 1, 2], NUM_TOKENS) for i in range(NUM_STREAMS)]
 
 
 async def _until_ready(address: str) -> None:
-    await _until_state(address, generation_pb.MODEL_STATE_READY)
+    await until_state(address, generation_pb.MODEL_STATE_READY)
 
 
 async def _until_away(address: str) -> None:
-    await _until_state(address, generation_pb.MODEL_STATE_CONNECTING)
-
-
-async def _until_state(address: str, state: int) -> None:
-    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(30):
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        while True:
-            model = await stub.GetModel(generation_pb.GetModelRequest(), wait_for_ready=True)
-            if model.state == state:
-                return
-            await asyncio.sleep(0.01)
+    await until_state(address, generation_pb.MODEL_STATE_CONNECTING)
 
 
 async def _until_epoch_ended(scheduler: SchedulerProcess) -> None:

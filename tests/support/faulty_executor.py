@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from stepwire.executor.v1 import executor_pb2 as pb
+from stepwire.scheduler.v1 import generation_pb2, generation_pb2_grpc
 from support.hashing_executor import HashingExecutor
 
 SERVICE = "stepwire.executor.v1.ExecutorService"
@@ -106,3 +108,25 @@ async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> Non
         if time.monotonic() > deadline:
             raise TimeoutError("it never became so")
         await asyncio.sleep(0.01)
+
+
+async def until_state(address: str, state: int, timeout_s: float = 30.0) -> None:
+    """Wait until a scheduler says that it is in a ModelState."""
+    deadline = time.monotonic() + timeout_s
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        while time.monotonic() < deadline:
+            model = await stub.GetModel(
+                generation_pb2.GetModelRequest(), wait_for_ready=True, timeout=timeout_s
+            )
+            if model.state == state:
+                return
+            await asyncio.sleep(0.01)
+    raise TimeoutError(f"the scheduler's state never became {state}")
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

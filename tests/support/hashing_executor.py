@@ -79,6 +79,7 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
             max_num_batched_tokens=self.max_num_batched_tokens,
             sample=hashed_sample(VOCAB_SIZE),
         )
+        num_logprobs: dict[int, int] = {}
         async for request in requests:
             if request.WhichOneof("message") == "open_epoch":
                 self.num_epochs += 1
@@ -87,7 +88,7 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
                 continue
             await asyncio.sleep(self.step_seconds)
             self.num_steps += 1
-            result = self.corrupt(_execute(simulated, request.step_plan))
+            result = self.corrupt(_execute(simulated, request.step_plan, num_logprobs))
             if result is not None:
                 await self._write(context, pb.ExecuteResponse(step_result=result))
 
@@ -100,7 +101,15 @@ def expected_output(prompt: list[int], num_tokens: int, stream: int = 0) -> list
     return tokens[len(prompt) :]
 
 
-def _execute(simulated: SimulatedExecutor, plan: pb.StepPlan) -> pb.StepResult:
+def _execute(
+    simulated: SimulatedExecutor, plan: pb.StepPlan, num_logprobs: dict[int, int]
+) -> pb.StepResult:
+    """Run a step; num_logprobs: by slot, kept from plan to plan."""
+    for slot in plan.released_slots:
+        num_logprobs.pop(slot, None)
+    for admission in plan.admissions:
+        if admission.sampling_params.HasField("num_logprobs"):
+            num_logprobs[admission.slot] = admission.sampling_params.num_logprobs
     known_before = {slot: len(state.token_ids) for slot, state in simulated.slots.items()}
     known_before |= {admission.slot: len(admission.token_ids) for admission in plan.admissions}
     outcome = simulated.execute(
@@ -131,10 +140,22 @@ def _execute(simulated: SimulatedExecutor, plan: pb.StepPlan) -> pb.StepResult:
         for slot in plan.work_slots
         if len(simulated.slots[slot].token_ids) > known_before[slot]
     ]
+    logprobs = [
+        pb.TokenLogprobs(
+            token_id=token_id,
+            logprob=-1.0,
+            rank=1,
+            top_token_ids=range(num_logprobs[slot]),
+            top_logprobs=[-1.0] * num_logprobs[slot],
+        )
+        for slot, token_id in zip(sampled, outcome.sampled_token_ids, strict=True)
+        if slot in num_logprobs
+    ]
     return pb.StepResult(
         epoch=plan.epoch,
         step_id=plan.step_id,
         sampled_slots=sampled,
         num_sampled_tokens=[1] * len(sampled),
         sampled_token_ids=outcome.sampled_token_ids,
+        logprobs=logprobs,
     )
