@@ -129,9 +129,9 @@ async def measure(
             name: await asyncio.to_thread(scheduler.metric, f"stepwire_{name}")
             for name in ("kv_blocks_used", "requests_running", "requests_waiting")
         },
-        "num_log_lines_above_info": len(
-            [record for record in scheduler.records() if record["level"] != "info"]
-        ),
+        "log_lines_above_info": [
+            record for record in scheduler.records() if record["level"] != "info"
+        ][:20],
         "memory": trace.figures(),
     }
 

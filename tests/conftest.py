@@ -16,7 +16,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-_PROCESS_FOLDERS = ("integration", "install")
+_PROCESS_FOLDERS = ("faults", "integration", "install")
 """Tests that start processes, which share the cores and session-wide clusters."""
 
 
