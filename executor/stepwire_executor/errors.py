@@ -49,3 +49,13 @@ class PlanError(ExecutorError):
 
 class PlanOrderError(PlanError):
     """A plan came outside its epoch or out of sequence."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was not to be had: Python's, a device's, or torch's of the host."""
+    # torch tells a device's by a type and the host's by a text; neither is imported here.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

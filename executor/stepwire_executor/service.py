@@ -33,7 +33,7 @@ from stepwire.executor.v1.executor_pb2 import (
 from stepwire.executor.v1.executor_pb2_grpc import ExecutorServiceServicer
 
 from stepwire_executor.compute import ComputeThread
-from stepwire_executor.errors import PlanError, PlanOrderError
+from stepwire_executor.errors import PlanError, PlanOrderError, is_out_of_memory
 from stepwire_executor.load_status import LoadStatus
 
 MAX_OUTSTANDING_PLANS = 8
@@ -372,7 +372,7 @@ class ExecutorService(ExecutorServiceServicer):
             stream.post_end(StreamEnd(grpc.StatusCode.FAILED_PRECONDITION, str(error)))
         except PlanError as error:
             stream.post_end(StreamEnd(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
-        except Exception:
+        except Exception as error:
             _log.exception("step_failed", epoch=plan.epoch, step_id=plan.step_id)
             stream.post_end(
                 StreamEnd(
@@ -380,8 +380,13 @@ class ExecutorService(ExecutorServiceServicer):
                     f"step {plan.step_id} failed; the executor's log says why",
                 )
             )
+            if is_out_of_memory(error):
+                # The next epoch would end at the same step; a process that starts again may have
+                # the memory that this one has lost.
+                self._on_broken("a step could not get the memory it needs")
+                return None
             try:
                 runner.check()
-            except Exception as error:
-                self._on_broken(str(error))
+            except Exception as broken:
+                self._on_broken(str(broken))
         return None

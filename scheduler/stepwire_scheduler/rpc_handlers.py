@@ -7,6 +7,7 @@ its text.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -74,12 +75,27 @@ async def _answer(
     context: _Context,
 ) -> Message | None:
     try:
+        return await _answer_or_abort(method, request_class, authenticator, data, context)
+    except grpc.aio.InternalError:
+        # A client that leaves just when something is sent to it is no defect of the handler:
+        # grpc takes this as it takes every other cancelled call.
+        raise asyncio.CancelledError from None
+
+
+async def _answer_or_abort(
+    method: Callable[[Any, _Context], Awaitable[Message | None]],
+    request_class: type[Message],
+    authenticator: Authenticator,
+    data: bytes,
+    context: _Context,
+) -> Message | None:
+    try:
         metadata = context.invocation_metadata() or ()
         set_current_tenant(authenticator.authenticate(metadata, context.peer()))
         return await method(_parse(request_class, data), context)
     except SchedulerError as error:
         await abort(context, error)
-    except grpc.aio.AbortError:
+    except (grpc.aio.AbortError, grpc.aio.InternalError):
         raise
     except Exception:
         log.exception("handler failed")
