@@ -96,7 +96,7 @@ async def generate(
     stub: pb_grpc.GenerationServiceAsyncStub, num_tokens: int, *, prompt: list[int]
 ) -> list[int]:
     request = pb.GenerateRequest(input=message(num_tokens, prompt=prompt))
-    response = await stub.Generate(request, timeout=30)
+    response = await stub.Generate(request, timeout=100)
     return list(response.choices[0].token_ids)
 
 
@@ -288,6 +288,16 @@ async def test_a_deadline_ends_requests_that_wait_and_that_run(
     assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
     assert len(results) == MAX_NUM_SEQS + 3
     assert await asyncio.to_thread(_num_running, scheduler) == 0
+
+
+@pytest.mark.long
+async def test_clients_may_ping_as_often_as_the_server_says(
+    scheduler: SchedulerProcess, executor: HashingExecutor
+) -> None:
+    executor.step_seconds = 5.0  # so long nothing but pings crosses the connection
+    keepalive = (("grpc.keepalive_time_ms", 10_000), ("grpc.http2.max_pings_without_data", 0))
+    async with connected(scheduler, *keepalive) as stub:
+        assert await generate(stub, 12, prompt=[6]) == expected_output([6], 12)
 
 
 def _num_running(scheduler: SchedulerProcess) -> float:

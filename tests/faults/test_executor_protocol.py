@@ -235,7 +235,7 @@ async def wrong_checksum(right: pb.ExecuteResponse) -> AsyncIterator[Answer]:
 PAIR_FAULTS = [wrong_checksum, wrong_step_id, not_protobuf, end_of_stream, silence]
 
 
-@pytest.mark.parametrize("faulty_rank", [0, 1])
+@pytest.mark.parametrize("faulty_rank", [pytest.param(0, marks=pytest.mark.long), 1])
 @pytest.mark.parametrize("misbehave", PAIR_FAULTS)
 async def test_a_fault_of_one_rank_ends_the_epoch_of_both(
     paired: SchedulerProcess, ports: list[int], misbehave: Misbehaviour, faulty_rank: int

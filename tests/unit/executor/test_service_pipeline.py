@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import grpc
 import pytest
+from stepwire.executor.v1.executor_pb2 import StepPlan
+from stepwire_executor.runner import PendingStep
 from support.executor_fakes import (
     GatedQueue,
     admission,
@@ -125,3 +127,35 @@ async def test_a_broken_device_ends_the_stream_and_is_told() -> None:
         assert "illegal" not in details
         await until(lambda: bool(rank.broken))
         assert rank.broken == ["an illegal memory access was encountered"]
+
+
+class HostMemoryError(RuntimeError):
+    """As torch says that the host has no memory."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)"
+        )
+
+
+@pytest.mark.parametrize(
+    ("error", "is_broken"),
+    [(MemoryError(), True), (HostMemoryError(), True), (RuntimeError("a defect"), False)],
+)
+async def test_an_executor_without_memory_is_broken_and_one_failed_step_is_not(
+    error: Exception, is_broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving() as rank:
+        runner = rank.executor.runner
+
+        def fail(plan: StepPlan) -> PendingStep:
+            raise error
+
+        monkeypatch.setattr(runner, "launch", fail)
+        stream = await opened_stream(rank)
+        await stream.send(step(1, 1, {0: 6}, admissions=[admission(0, PROMPT, [0, 1])]))
+        code, details = await stream.status()
+        assert code == grpc.StatusCode.INTERNAL
+        assert "alloc" not in details
+        assert bool(rank.broken) == is_broken
