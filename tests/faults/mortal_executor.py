@@ -15,8 +15,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from stepwire.executor.v1 import executor_pb2 as pb
-from support.faulty_executor import serving
-from support.hashing_executor import HashingExecutor
+from support.faulty_executor import InterceptedExecutor, serving
 
 DESCRIBE, OPEN, OPENED = "asked what it is", "told to open an epoch", "having opened it"
 PREFILL, DECODE, DECODED = "given a prefill", "given a decode", "having answered a decode"
@@ -30,7 +29,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class MortalExecutor(HashingExecutor):
+class MortalExecutor(InterceptedExecutor):
     """Dies when it comes to the moment."""
 
     moment = NEVER
@@ -39,21 +38,17 @@ class MortalExecutor(HashingExecutor):
         self._come_to(DESCRIBE)
         return await super().Describe(request, context)
 
-    async def Execute(
-        self, requests: AsyncIterator[pb.ExecuteRequest], context: Any
-    ) -> AsyncIterator[pb.ExecuteResponse]:
-        num_decodes = 0
-        async for response in super().Execute(self._noticing(requests), context):
-            yield response
-            if response.HasField("epoch_opened"):
-                self._come_to(OPENED)
-            else:
-                num_decodes += 1
-                if num_decodes == 3:
-                    # What was written before is on its way: this is after, not instead.
-                    await asyncio.sleep(0.05 if self.moment == BETWEEN else 0)
-                    self._come_to(BETWEEN)
-                    self._come_to(DECODED)
+    async def Execute(self, requests: AsyncIterator[pb.ExecuteRequest], context: Any) -> None:
+        await super().Execute(self._noticing(requests), context)
+
+    async def answer(self, response: pb.ExecuteResponse, place: int, context: Any) -> None:
+        await super().answer(response, place, context)
+        if place == 0:
+            self._come_to(OPENED)
+        elif place == 3:
+            self._come_to(DECODED)
+            await asyncio.sleep(0.05)  # the answer has gone out, the next plans have come in
+            self._come_to(BETWEEN)
 
     async def _noticing(
         self, requests: AsyncIterator[pb.ExecuteRequest]

@@ -31,8 +31,42 @@ class StreamOverError(Exception):
     """Raised by a misbehaviour that ends the stream as if all were well."""
 
 
+class InterceptedExecutor(HashingExecutor):
+    """Hands its answers to a method of its own, instead of sending them."""
+
+    async def answer(self, response: pb.ExecuteResponse, place: int, context: Any) -> None:
+        """Send a response, or something else; place: 0 for the epoch's opening, then one more."""
+        await context.write(response)
+
+    async def Execute(self, requests: AsyncIterator[pb.ExecuteRequest], context: Any) -> None:  # type: ignore[override]
+        intercepted = _InterceptedContext(self, context)
+        answering: Any = super().Execute(requests, intercepted)
+        try:
+            if isinstance(answering, AsyncIterator):
+                async for response in answering:
+                    await intercepted.write(response)
+            else:
+                await answering
+        except StreamOverError:
+            return
+
+
+class _InterceptedContext:
+    def __init__(self, executor: InterceptedExecutor, context: Any) -> None:
+        self._executor = executor
+        self._context = context
+        self._num_written = 0
+
+    async def write(self, response: pb.ExecuteResponse) -> None:
+        place, self._num_written = self._num_written, self._num_written + 1
+        await self._executor.answer(response, place, self._context)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
 @dataclass
-class FaultyExecutor(HashingExecutor):
+class FaultyExecutor(InterceptedExecutor):
     """Right until its fault_at-th answer on a stream, the epoch's opening being the 0th.
 
     From then on it says that it loads, so that there is one fault.
@@ -53,21 +87,13 @@ class FaultyExecutor(HashingExecutor):
             response.load_state = pb.LOAD_STATE_LOADING
         return response
 
-    async def Execute(
-        self, requests: AsyncIterator[pb.ExecuteRequest], context: Any
-    ) -> AsyncIterator[Any]:
-        num_answers = 0
-        async for response in super().Execute(requests, context):
-            if self.misbehave is not None and num_answers == self.fault_at:
-                self.num_faults += 1
-                try:
-                    async for answer in self.misbehave(response):
-                        yield answer
-                except StreamOverError:
-                    return
-            else:
-                yield response
-            num_answers += 1
+    async def answer(self, response: pb.ExecuteResponse, place: int, context: Any) -> None:
+        if self.misbehave is None or place != self.fault_at:
+            await context.write(response)
+            return
+        self.num_faults += 1
+        async for answer in self.misbehave(response):
+            await context.write(answer)
 
 
 def _serialize(answer: Any) -> bytes:
