@@ -1,12 +1,15 @@
 """Kills executors at random moments under seeded streams and compares every token.
 
-Run: python -m benchmarks.kills [--kills N] [--tensor-parallel-size N] [--seed N]
+Run: python -m benchmarks.kills [--kills N ...] [--stops N ...] [--tensor-parallel-size N ...]
 
 A local cluster serves the real model in float32. The transcripts of all requests are recorded
 undisturbed; then so many streams run all the time while ranks are killed with SIGKILL: some time
 after tokens flow again, right after the ranks are ready, when sequences are admitted again, and
 while they start and load. Every stream that ends is compared with the undisturbed one: ids, text,
 why it ended, and the numbers of its events. Exits with 1 where a request fails or differs.
+
+Then ranks are stopped with SIGSTOP, which nobody is told of: the scheduler notices at the step's
+deadline, the supervisor starts the group again.
 
 Requests see many kills, so the scheduler runs with a --max-resumes that none of them reaches.
 """
@@ -15,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import signal
@@ -24,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +46,7 @@ from benchmarks.checked_streams import (
 )
 from benchmarks.cluster import DEFAULT_MODEL, local_cluster
 from benchmarks.common import Figures, finish, markdown_table, percentile
+from benchmarks.processes import log_records
 
 CLAIM = "kill -9 of any rank at random moments loses, doubles and changes no token."
 NUM_REQUESTS = 48
@@ -71,6 +75,10 @@ class Kill:
     """What the cluster was doing."""
     num_streams: int
     """Streams under way."""
+    is_stop: bool = False
+    """SIGSTOP instead of SIGKILL."""
+    unix_s: float = 0.0
+    """When, in seconds since the Unix epoch."""
     outage_s: float | None = None
     """From the kill to the next token of any stream; None where the next kill came first."""
 
@@ -91,11 +99,13 @@ class KillRun:
 
     def figures(self) -> Figures:
         """For the result file."""
-        outages = [kill.outage_s for kill in self.kills if kill.outage_s is not None]
+        kills = [kill for kill in self.kills if not kill.is_stop]
+        outages = [kill.outage_s for kill in kills if kill.outage_s is not None]
         return {
-            "num_kills": len(self.kills),
-            "kills_by_rank": dict(Counter(kill.rank for kill in self.kills)),
-            "kills_by_what_they_met": dict(Counter(kill.met for kill in self.kills)),
+            "num_kills": len(kills),
+            "num_stops": len(self.kills) - len(kills),
+            "kills_by_rank": dict(Counter(kill.rank for kill in kills)),
+            "kills_by_what_they_met": dict(Counter(kill.met for kill in kills)),
             "num_streams_under_way_at_least": min(k.num_streams for k in self.kills),
             "num_requests": self.num_ended + len(self.problems),
             "num_requests_hit": sum(count > 0 for count in self.kills_survived),
@@ -151,15 +161,19 @@ class KillTest:
 
         self._expected = list(await asyncio.gather(*map(one, self._requests)))
 
-    async def kill(self, aims: Sequence[Aim], on_kill: Callable[[Kill], None]) -> None:
-        """Keep the streams running, kill as often as there are aims, let the streams end."""
+    async def kill(
+        self, aims: Sequence[Aim], num_stops: int, on_kill: Callable[[Kill], None]
+    ) -> None:
+        """Keep the streams running, kill for each aim, then stop; let the streams end."""
         async with asyncio.TaskGroup() as group:
             for _ in range(self._num_streams):
                 group.create_task(self._stream_on())
             for aim in aims:
-                kill = await self._kill_once(aim)
-                self.run.kills.append(kill)
-                on_kill(kill)
+                on_kill(await self._kill_once(aim, signal.SIGKILL))
+            for _ in range(num_stops):
+                on_kill(await self._kill_once("serving", signal.SIGSTOP))
+            if num_stops:  # streams that go on by themselves, not at the cluster's end
+                await self._wait_for_new_group()
             self._is_over = True
 
     async def _stream_on(self) -> None:
@@ -210,7 +224,7 @@ class KillTest:
             kill.outage_s = round(time.monotonic() - killed_at, 3)
             self._outage = None
 
-    async def _kill_once(self, aim: Aim) -> Kill:
+    async def _kill_once(self, aim: Aim, signal_number: signal.Signals) -> Kill:
         async with asyncio.timeout(RECOVERY_TIMEOUT_S):
             await self._wait_for_new_group()
             if aim != "starting":
@@ -223,8 +237,16 @@ class KillTest:
             model = await self._stub.GetModel(pb.GetModelRequest(), timeout=10)
         pids = self._executor_pids()
         rank = self._generator.choice(sorted(pids))
-        kill = Kill(rank=rank, aim=aim, met=self._now_doing(model), num_streams=self._num_under_way)
-        os.kill(pids[rank], signal.SIGKILL)
+        kill = Kill(
+            rank=rank,
+            aim=aim,
+            met=self._now_doing(model),
+            num_streams=self._num_under_way,
+            is_stop=signal_number is signal.SIGSTOP,
+            unix_s=time.time(),
+        )
+        os.kill(pids[rank], signal_number)
+        self.run.kills.append(kill)
         self._killed_pids = pids
         self._is_new_group = self._has_tokens_again = False
         self._outage = (kill, time.monotonic())
@@ -280,6 +302,7 @@ async def kill_under_streams(
     num_requests: int = NUM_REQUESTS,
     num_streams: int = NUM_STREAMS,
     output_lens: tuple[int, int] = (8, 48),
+    num_stops: int = 0,
     on_kill: Callable[[Kill], None] = lambda kill: None,
 ) -> KillRun:
     """Record the requests undisturbed, then kill once for each aim; returns what came of it."""
@@ -290,15 +313,25 @@ async def kill_under_streams(
         stub = pb_grpc.GenerationServiceStub(channel)
         test = KillTest(cluster, stub, requests, seed=seed, num_streams=num_streams)
         await test.record()
-        await test.kill(aims, on_kill)
+        await test.kill(aims, num_stops, on_kill)
     return test.run
+
+
+def detection_times(stops: Sequence[Kill], log: Path) -> list[float]:
+    """Seconds from each SIGSTOP to the end of the epoch, as the scheduler's log has it."""
+    records = log_records(log.read_text(encoding="utf-8"))
+    ends = [
+        datetime.fromisoformat(record["timestamp"]).timestamp()
+        for record in records
+        if record["event"] == "epoch ended"
+    ]
+    return [round(min(end for end in ends if end > stop.unix_s) - stop.unix_s, 2) for stop in stops]
 
 
 def log_events(log: Path) -> dict[str, int]:
     """How often the scheduler's log says what, below informational lines."""
     counted: Counter[str] = Counter()
-    for line in log.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in log_records(log.read_text(encoding="utf-8")):
         if record["level"] != "info":
             counted[record["event"]] += 1
     return dict(counted)
@@ -321,6 +354,7 @@ def markdown(figures: Figures) -> str:
                 run["num_requests_lost_or_changed"],
                 run["most_kills_survived"],
                 f"{outage['p50']:.1f} / {outage['p100']:.1f}",
+                ", ".join(f"{seconds:.1f}" for seconds in run["stops_detected_s"]),
             )
         )
     header = (
@@ -331,6 +365,7 @@ def markdown(figures: Figures) -> str:
         "requests lost or changed",
         "most kills one request saw",
         "outage, s, p50 / longest",
+        "SIGSTOP noticed after, s, each",
     )
     return markdown_table(header, rows)
 
@@ -340,17 +375,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--kills", type=int, nargs="+", default=[100, 200], help="for each size")
+    parser.add_argument("--stops", type=int, nargs="+", default=[3, 3], help="for each size")
     parser.add_argument("--tensor-parallel-size", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     figures: Figures = {}
-    for size, num_kills in zip(options.tensor_parallel_size, options.kills, strict=True):
-        figures[str(size)] = _measure(options.model, size, num_kills, options.seed)
+    sizes = zip(options.tensor_parallel_size, options.kills, options.stops, strict=True)
+    for size, num_kills, num_stops in sizes:
+        figures[str(size)] = _measure(options.model, size, num_kills, num_stops, options.seed)
     finish("kills", parameters=vars(options), figures=figures, table=markdown(figures))
     return 1 if any(run["problems"] for run in figures.values()) else 0
 
 
-def _measure(model: str, size: int, num_kills: int, seed: int) -> Figures:
+def _measure(model: str, size: int, num_kills: int, num_stops: int, seed: int) -> Figures:
     generator = random.Random(f"aims {seed}")
     aims = [generator.choice(AIMS) for _ in range(num_kills)]
     num_done = 0
@@ -358,19 +395,31 @@ def _measure(model: str, size: int, num_kills: int, seed: int) -> Figures:
     def show(kill: Kill) -> None:
         nonlocal num_done
         num_done += 1
-        print(f"{num_done:4} {kill.rank} in {kill.met}", flush=True)
+        verb = "stopped" if kill.is_stop else "killed"
+        print(f"{num_done:4} {kill.rank} {verb} in {kill.met}", flush=True)
 
     started = time.monotonic()
     with kill_cluster(model, tensor_parallel_size=size) as (cluster, info):
         run = asyncio.run(
-            kill_under_streams(cluster, aims, vocab_size=info.vocab_size, seed=seed, on_kill=show)
+            kill_under_streams(
+                cluster,
+                aims,
+                vocab_size=info.vocab_size,
+                seed=seed,
+                num_stops=num_stops,
+                on_kill=show,
+            )
         )
         scheduler_log = cluster.log_dir / "scheduler.log"
+        stops = [kill for kill in run.kills if kill.is_stop]
+        detected_s = detection_times(stops, scheduler_log)
     for problem in run.problems:
         print(problem)
     return run.figures() | {
         "seconds": round(time.monotonic() - started),
         "scheduler_log": log_events(scheduler_log),
+        "stops_detected_s": detected_s,
+        "stops_outage_s": [stop.outage_s for stop in stops],
     }
 
 

@@ -37,13 +37,13 @@ class SchedulerProcess:
 
     def records(self) -> list[dict[str, Any]]:
         """All of the log but what gRPC's core writes past it."""
-        return _records(self._log_text())
+        return log_records(self._log_text())
 
     def new_records(self) -> list[dict[str, Any]]:
         """What was logged since the last call."""
         text = self._log_text()
         fresh, self._read_bytes = text[self._read_bytes :], len(text)
-        return _records(fresh)
+        return log_records(fresh)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum over the samples of that name that have the labels; 0.0 where there is none."""
@@ -72,7 +72,8 @@ class SchedulerProcess:
         raise TimeoutError("the scheduler serves no metrics")
 
 
-def _records(text: str) -> list[dict[str, Any]]:
+def log_records(text: str) -> list[dict[str, Any]]:
+    """Of a log's text; what gRPC's core writes there in its own way is left out."""
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
