@@ -126,6 +126,11 @@ async def read_to_the_end(call: Any) -> tuple[grpc.StatusCode, int]:
     return grpc.StatusCode.OK, num_tokens
 
 
+def ended(scheduler: SchedulerProcess) -> list[dict[str, Any]]:
+    """Requests that have ended since the log was last looked at."""
+    return [record for record in scheduler.new_records() if record["event"] == "request ended"]
+
+
 def retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
     """What RetryInfo says; None where there is none."""
     for key, value in error.trailing_metadata() or ():
@@ -224,15 +229,11 @@ async def test_a_client_killed_under_its_streams_leaves_nothing(
         async with connected(scheduler) as stub:
             cancelled = await stub.Cancel(pb.CancelRequest(request_ids=["no-such"]))
             assert not cancelled.cancelled_request_ids
-        ended: list[str] = []
+        gone: set[str] = set()
 
         def both_ended() -> bool:
-            ended.extend(
-                record["request_id"]
-                for record in scheduler.new_records()
-                if record["event"] == "request ended"
-            )
-            return {"vanishing-0", "vanishing-1"} <= set(ended)
+            gone.update(record["request_id"] for record in ended(scheduler))
+            return {"vanishing-0", "vanishing-1"} <= gone
 
         await until(both_ended)
 
@@ -242,12 +243,13 @@ async def test_a_slow_reader_is_given_up_and_slows_nobody(
 ) -> None:
     async with neighbour(scheduler), connected(scheduler, *SMALL_WINDOW) as stub:
         request = message(200, prompt=[5, 5], n=3, logprobs=20)
+        request.request_id = "slow"
         call = stub.GenerateStream(pb.GenerateStreamRequest(input=request), timeout=60)
-        await call.read()  # and no more
         scheduler.new_records()
+        await call.read()  # and no more
 
         def given_up() -> bool:
-            return any(record.get("finish_reason") == "error" for record in scheduler.new_records())
+            return any(record.get("request_id") == "slow" for record in ended(scheduler))
 
         async with neighbour(scheduler):
             await until(given_up)
