@@ -158,4 +158,5 @@ async def test_an_executor_without_memory_is_broken_and_one_failed_step_is_not(
         code, details = await stream.status()
         assert code == grpc.StatusCode.INTERNAL
         assert "alloc" not in details
+        await opened_stream(rank, 2)  # behind the failed step, on the thread that computes
         assert bool(rank.broken) == is_broken
