@@ -37,10 +37,16 @@ test-long: $(VENV)/.dev
 	$(BIN)/stepwire pull $(MODEL)
 	$(BIN)/pytest $(SPREAD) $(PYTEST_ARGS)
 
-# The scheduler among simulated executors and clients that fail; FAULTS_ARGS="--seed N --trace"
-# replays one.
+# The scheduler among simulated executors and clients that fail, then real processes that are
+# killed, stopped, cut off and starved: about an hour. FAULTS_ARGS="--seed N --trace" replays one
+# seed of the simulation, and no more.
 faults: $(VENV)/.dev
 	$(BIN)/python -m tests.simulation $(FAULTS_ARGS)
+ifndef FAULTS_ARGS
+	$(BIN)/stepwire pull $(MODEL)
+	$(BIN)/pytest tests/faults $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks kills cancel_leak overload
+endif
 
 # Every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU.
 kernels-compile: $(VENV)/.dev

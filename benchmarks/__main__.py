@@ -22,6 +22,9 @@ BENCHMARKS = (
     "serving",
     "fp8_kv",
     "kernels_cpu",
+    "overload",
+    "cancel_leak",
+    "kills",
 )
 """In the order in which all run."""
 

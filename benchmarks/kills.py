@@ -280,7 +280,8 @@ class KillTest:
 
 def kill_cluster(model: str, *, tensor_parallel_size: int) -> Any:
     """A cluster for the test: float32, no bound on resumes, restarts without end."""
-    # The supervisor gives up on executors that end soon after their start, again and again.
+    # The supervisor gives up on executors that end five times in a row before they are ready;
+    # here they may be killed so.
     vars(supervision)["RESTART_DELAYS_S"] = (0.1,) * MAX_RESUMES
     arguments = ("-m", "stepwire_scheduler", "--max-resumes", str(MAX_RESUMES))
     return local_cluster(
