@@ -31,15 +31,15 @@ class MemoryTrace:
         """Bytes over the part of the progress that the slope is of."""
         return self.slope(skipped=skipped) * (1 - skipped) * (self.progress[-1] - self.progress[0])
 
-    def figures(self, num_samples: int = 50) -> dict[str, object]:
-        """For a result file: so many samples of all, in MB."""
+    def figures(self, *, skipped: float = 0.2, num_samples: int = 50) -> dict[str, object]:
+        """For a result file; of the samples about so many are kept."""
         every = max(1, len(self.progress) // num_samples)
         return {
             "first_mb": round(self.resident_bytes[0] / 1e6, 1),
             "last_mb": round(self.resident_bytes[-1] / 1e6, 1),
             "max_mb": round(max(self.resident_bytes) / 1e6, 1),
-            "slope_bytes": round(self.slope(), 2),
-            "growth_mb": round(self.growth() / 1e6, 2),
+            "slope_bytes": round(self.slope(skipped=skipped), 2),
+            "growth_mb": round(self.growth(skipped=skipped) / 1e6, 2),
             "progress": [round(x, 1) for x in self.progress[::every]],
             "resident_mb": [round(y / 1e6, 1) for y in self.resident_bytes[::every]],
         }

@@ -58,7 +58,9 @@ UNREAD_TIMEOUT_MS = 3000
 UNREAD_S = 12.0
 """How long a slow reader reads nothing."""
 STREAMS_A_CHANNEL = 100
-WARM_UP_SHARE = 0.3
+RAMP_SHARE = 0.3
+"""Of a run, in which its clients come one by one: each prompt has to find room in a step."""
+WARM_UP_SHARE = 0.4
 """Of a run, not measured."""
 LOCAL_POOL = ("grpc.use_local_subchannel_pool", 1)
 SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0), LOCAL_POOL)
@@ -141,8 +143,7 @@ class Clients:
     async def _ask_on(
         self, stub: pb_grpc.GenerationServiceAsyncStub, num_logprobs: int | None
     ) -> None:
-        # Spread over a step or two: a real crowd does not come at once.
-        await asyncio.sleep(self._generator.uniform(0, 0.1 * self._plan.seconds))
+        await asyncio.sleep(self._generator.uniform(0, RAMP_SHARE * self._plan.seconds))
         while True:
             wait_s = await self._read(stub, num_logprobs)
             if wait_s:
@@ -327,7 +328,7 @@ async def measure_once(
         "waiting_max": max(waiting),
         "running_median": statistics.median(running[len(running) // 3 :]),
         "cpu_share": {name: round(used / load.seconds, 2) for name, used in cpu.items()},
-        "memory": trace.figures(),
+        "memory": trace.figures(skipped=WARM_UP_SHARE),
     }
 
 
