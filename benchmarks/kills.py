@@ -18,22 +18,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+from unittest import mock
 
 import grpc.aio
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire.scheduler.v1 import generation_pb2_grpc as pb_grpc
 from stepwire_client import local_cluster as supervision
+from stepwire_client.events import ModelInfo
 from stepwire_client.local_cluster import LocalCluster
 
 from benchmarks.checked_streams import (
@@ -278,20 +281,27 @@ class KillTest:
             await asyncio.sleep(POLL_S)
 
 
-def kill_cluster(model: str, *, tensor_parallel_size: int) -> Any:
+@contextlib.contextmanager
+def kill_cluster(
+    model: str, *, tensor_parallel_size: int
+) -> Iterator[tuple[LocalCluster, ModelInfo]]:
     """A cluster for the test: float32, no bound on resumes, restarts without end."""
+    arguments = ("-m", "stepwire_scheduler", "--max-resumes", str(MAX_RESUMES))
     # The supervisor gives up on executors that end five times in a row before they are ready;
     # here they may be killed so.
-    vars(supervision)["RESTART_DELAYS_S"] = (0.1,) * MAX_RESUMES
-    arguments = ("-m", "stepwire_scheduler", "--max-resumes", str(MAX_RESUMES))
-    return local_cluster(
-        model,
-        dtype="float32",
-        tensor_parallel_size=tensor_parallel_size,
-        max_num_seqs=32,
-        num_kv_blocks=600,
-        scheduler_command=(sys.executable, *arguments),
-    )
+    without_end = mock.patch.object(supervision, "RESTART_DELAYS_S", (0.1,) * MAX_RESUMES)
+    with (
+        without_end,
+        local_cluster(
+            model,
+            dtype="float32",
+            tensor_parallel_size=tensor_parallel_size,
+            max_num_seqs=32,
+            num_kv_blocks=600,
+            scheduler_command=(sys.executable, *arguments),
+        ) as started,
+    ):
+        yield started
 
 
 async def kill_under_streams(
