@@ -4,9 +4,9 @@ Run: python -m benchmarks.cancel_leak [--num-requests N] [--concurrency N] [--se
 
 A real scheduler over an executor that computes nothing. Each request leaves in one of the ways in
 which a client can, at a random moment: it ends, it is cancelled by the call, by the Cancel method,
-by its deadline, or with its connection. Two of three ask for more tokens than they stay for; some
-are several sequences. At the end no block may be in use; resident memory is fitted by a line over
-the last 80% of the requests.
+by its deadline, or with its connection; or it may be resumed for a while, and is or is not. Most
+ask for more tokens than they stay for; some are several sequences. At the end no block may be in
+use; resident memory is fitted by a line over the last 80% of the requests.
 """
 
 from __future__ import annotations
@@ -35,8 +35,17 @@ from benchmarks.processes import SchedulerProcess, scheduler_process
 from benchmarks.steady_executor import VOCAB_SIZE, steady_executor
 
 CLAIM = "100,000 requests that are created and cancelled at random leave no block and no memory."
-WAYS = ("end", "cancel the call", "Cancel method", "deadline", "close the connection")
-WEIGHTS = (20, 35, 30, 14, 1)
+WAYS = (
+    "end",
+    "cancel the call",
+    "Cancel method",
+    "deadline",
+    "close the connection",
+    "come back",
+    "not come back",
+)
+WEIGHTS = (20, 30, 25, 14, 1, 5, 5)
+RESUME_WINDOW_MS = 200
 NUM_BLOCKS = 512
 MAX_NUM_SEQS = 64
 STEP_MS = 2.0
@@ -87,14 +96,23 @@ class CancelTest:
             params.logprobs = 2
         num_events = generator.choice((0, 0, 1, 2, 5, 10))
         timeout_s = generator.uniform(0.001, 0.1) if way == "deadline" else 60.0
-        call = stub.GenerateStream(pb.GenerateStreamRequest(input=message), timeout=timeout_s)
+        request = pb.GenerateStreamRequest(input=message)
+        if way in ("come back", "not come back"):
+            request.resume_window_ms = RESUME_WINDOW_MS
+        call = stub.GenerateStream(request, timeout=timeout_s)
         try:
-            await _read(call, None if way in ("end", "deadline") else num_events)
+            num_read = await _read(call, None if way in ("end", "deadline") else num_events)
             if way == "Cancel method":
                 await stub.Cancel(pb.CancelRequest(request_ids=[message.request_id]), timeout=60)
                 await _read(call, None)
             elif way == "close the connection":
                 await channel.close()
+            elif way == "come back":
+                call.cancel()
+                request.from_seq, request.resume_window_ms = num_read, 0
+                call = stub.GenerateStream(request, timeout=timeout_s)
+                await _read(call, num_events)
+                call.cancel()
             else:
                 call.cancel()
         except (grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError):
@@ -118,6 +136,7 @@ async def measure(
             for _ in range(concurrency):
                 group.create_task(test.work())
         elapsed_s = time.monotonic() - started
+    await asyncio.sleep(2 * RESUME_WINDOW_MS / 1e3)  # those that did not come back are given up
     await _end_one_request(scheduler.address)
     return {
         "num_requests": num_requests,
@@ -136,13 +155,14 @@ async def measure(
     }
 
 
-async def _read(call: Any, num_events: int | None) -> None:
-    """Read so many events, or to the end."""
+async def _read(call: Any, num_events: int | None) -> int:
+    """Read so many events, or to the end; how many there were."""
     num_read = 0
     while num_events is None or num_read < num_events:
         if await call.read() is grpc.aio.EOF:
-            return
+            break
         num_read += 1
+    return num_read
 
 
 async def _end_one_request(address: str) -> None:
