@@ -62,7 +62,7 @@ POLL_S = 0.01
 Aim = Literal["serving", "ready", "starting"]
 AIMS: tuple[Aim, ...] = ("serving", "serving", "serving", "ready", "starting")
 """When to kill, drawn from these: after tokens flow again, once the ranks are ready, before."""
-DELAYS_S: dict[Aim, float] = {"serving": 2.0, "ready": 0.3, "starting": 3.0}
+DELAYS_S: dict[Aim, float] = {"serving": 4.0, "ready": 0.3, "starting": 3.0}
 """The kill comes at a random moment within this time."""
 
 
@@ -312,7 +312,7 @@ async def kill_under_streams(
     seed: int,
     num_requests: int = NUM_REQUESTS,
     num_streams: int = NUM_STREAMS,
-    output_lens: tuple[int, int] = (8, 48),
+    output_lens: tuple[int, int] = (8, 32),
     num_stops: int = 0,
     on_kill: Callable[[Kill], None] = lambda kill: None,
 ) -> KillRun:
