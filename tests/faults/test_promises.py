@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import ipaddress
 from pathlib import Path
@@ -110,47 +109,3 @@ def _is_loopback(address: str) -> bool:
     parsed = ipaddress.ip_address(address)
     mapped = getattr(parsed, "ipv4_mapped", None)  # of a socket that takes both families
     return bool((mapped or parsed).is_loopback)
-
-
-_DESERIALISERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-_EVALUATORS = {"eval", "exec", "compile", "__import__"}
-_LOADERS = {("torch", "load"), ("torch", "package"), ("numpy", "load"), ("np", "load")}
-
-
-def test_no_source_deserialises_code() -> None:
-    """No module of the three services imports a pickler or evaluates text."""
-    root = Path(__file__).parents[2]
-    files = [
-        file
-        for folder in ("scheduler", "executor", "client")
-        for file in (root / folder).rglob("*.py")
-    ]
-    assert len(files) > 100
-    found = [
-        f"{file.relative_to(root)}:{getattr(node, 'lineno', 0)}"
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if _deserialises(node)
-    ]
-    assert found == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["import pickle", "from pickle import loads", "eval(x)", "torch.load(f)", "np.load(f)"],
-)
-def test_the_check_of_sources_finds_what_it_looks_for(text: str) -> None:
-    assert any(map(_deserialises, ast.walk(ast.parse(text))))
-
-
-def _deserialises(node: ast.AST) -> bool:
-    match node:
-        case ast.Import(names=names):
-            return any(name.name.partition(".")[0] in _DESERIALISERS for name in names)
-        case ast.ImportFrom(module=str(module)):
-            return module.partition(".")[0] in _DESERIALISERS
-        case ast.Call(func=ast.Name(id=name)):
-            return name in _EVALUATORS
-        case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=name)):
-            return (owner, name) in _LOADERS
-    return False
