@@ -1,14 +1,11 @@
-"""Promises about the whole that no other test here makes: health, small pools, ports."""
+"""Promises about the whole that no other test here makes: health and small pools."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from pathlib import Path
 
 import grpc.aio
-import psutil
-import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire.scheduler.v1 import generation_pb2_grpc as pb_grpc
@@ -17,7 +14,6 @@ from support.hashing_executor import HashingExecutor, expected_output
 from support.scheduler_tokenizers import write_tokenizer
 
 from benchmarks.checked_streams import SeededRequest, read_stream
-from benchmarks.cluster import local_cluster
 from benchmarks.processes import scheduler_process
 from tests.faults.test_executor_protocol import silence
 
@@ -89,23 +85,3 @@ async def test_a_pool_of_8_blocks_serves_everybody(tmp_path: Path) -> None:
                 )
         assert await asyncio.to_thread(scheduler.metric, "stepwire_preemptions_total") > 0
         assert await asyncio.to_thread(scheduler.metric, "stepwire_kv_blocks_used") == 0
-
-
-@pytest.mark.long
-def test_no_process_of_a_cluster_listens_beyond_loopback() -> None:
-    with local_cluster("smollm2-135m", tensor_parallel_size=2, num_kv_blocks=64) as (cluster, _):
-        listening = [
-            (name, connection.laddr)
-            for name, pid in cluster.pids.items()
-            for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        ]
-        assert {name for name, _ in listening} >= set(cluster.pids)
-        assert [each for each in listening if not _is_loopback(each[1].ip)] == []
-
-
-def _is_loopback(address: str) -> bool:
-    parsed = ipaddress.ip_address(address)
-    mapped = getattr(parsed, "ipv4_mapped", None)  # of a socket that takes both families
-    return bool((mapped or parsed).is_loopback)
