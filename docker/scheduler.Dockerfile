@@ -13,7 +13,7 @@ RUN python -m venv /opt/stepwire
 WORKDIR /src
 # Dependencies in a layer of their own: a change of the code does not fetch them again.
 COPY pyproject.toml docker/requirements.py ./
-RUN python requirements.py > requirements.txt \
+RUN python requirements.py certs > requirements.txt \
  && /opt/stepwire/bin/pip install --requirement requirements.txt
 COPY README.md LICENSE ./
 COPY protos protos
@@ -25,6 +25,8 @@ RUN /opt/stepwire/bin/pip install --no-deps . \
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/stepwire /opt/stepwire
 ENV PATH=/opt/stepwire/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# Where docker-compose.yml keeps certificates.
+RUN install --directory --owner 10001 --group 10001 --mode 700 /certificates
 # A number, so that an orchestrator can see that it is not root.
 USER 10001:10001
 WORKDIR /

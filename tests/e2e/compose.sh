@@ -67,6 +67,23 @@ for service in "${executors[@]}"; do
   [[ -z $published ]] || fail "$service publishes $published"
 done
 
+say "executors answer nobody without the cluster's certificate, and nobody kept the CA's key"
+for service in "${executors[@]}"; do
+  if docker compose exec -T scheduler python -m stepwire_scheduler.probe "$service:50061" ""; then
+    fail "$service answers in plain text"
+  fi
+  if docker compose exec -T scheduler python -m stepwire_scheduler.probe "$service:50061" "" \
+    --tls-ca=/certificates/ca.pem; then
+    fail "$service answers without a certificate"
+  fi
+  docker compose exec -T scheduler python -m stepwire_scheduler.probe "$service:50061" "" \
+    --tls-ca=/certificates/ca.pem --tls-cert=/certificates/scheduler.pem \
+    --tls-key=/certificates/scheduler-key.pem || fail "$service does not answer the scheduler"
+done
+if docker compose exec -T scheduler sh -c 'ls /certificates/*ca-key.pem' 2> /dev/null; then
+  fail "the CA's key was kept"
+fi
+
 for victim in executor-1 executor-0; do
   say "stream, then stream while $victim is killed"
   # The executor is the one child of init, which is process 1.
