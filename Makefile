@@ -6,7 +6,7 @@ PROTOS := $(shell find protos -name '*.proto')
 PROMPT ?= What is the capital of France?
 MODEL ?= smollm2-135m
 # Two tests at a time; those that start processes are one group, one at a time.
-SPREAD := -n 2 --dist loadgroup
+SPREAD := -n 2
 
 # An interpreter with torch and triton, used as it is; by default .venv is set up and used.
 GPU_PYTHON ?=

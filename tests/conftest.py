@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 from stepwire_executor.model.tokenizer_conversion import convert_gguf_tokenizer
+from xdist.scheduler import LoadScopeScheduling
 
 # As the executor sets it, and before anything imports torch: idle threads that spin for long
 # make tests crawl when more processes run than there are cores.
@@ -20,11 +22,27 @@ _PROCESS_FOLDERS = ("faults", "integration", "install")
 """Tests that start processes, which share the cores and session-wide clusters."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that start processes in one group, where tests are spread over workers."""
-    for item in items:
-        if any(folder in item.path.parts for folder in _PROCESS_FOLDERS):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+_WHOLE_FILES = {"test_gpu_check_rehearsal.py"}
+"""Files whose tests share what takes long."""
+
+
+class _Scheduling(LoadScopeScheduling):
+    """Spreads tests over workers one by one, but for those that belong together.
+
+    pytest-xdist's own groups are part of a test's id, which pytest 9 does not let it change.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        """What goes to one worker."""
+        path = PurePosixPath(nodeid.partition("::")[0])
+        if not set(_PROCESS_FOLDERS).isdisjoint(path.parts):
+            return "processes"
+        return str(path) if path.name in _WHOLE_FILES else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    """Spread tests in our way wherever several workers run them."""
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -63,16 +63,13 @@ def keys_of(name: str) -> frozenset[str]:
 
 
 _NAMES = [section.name for section in SECTIONS]
-in_one_worker = pytest.mark.xdist_group("rehearsals")  # So that each is rehearsed once.
 
 
-@in_one_worker
 @pytest.mark.parametrize("name", _NAMES)
 def test_a_section_runs_and_finds_nothing_wrong(name: str) -> None:
     keys_of(name)
 
 
-@in_one_worker
 def test_the_sections_together_fill_the_table_of_targets() -> None:
     assert set(TARGETS) == frozenset().union(*(keys_of(name) for name in _NAMES))
 
