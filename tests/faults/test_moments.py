@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import grpc.aio
+import pytest
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire.scheduler.v1 import generation_pb2_grpc as pb_grpc
 from stepwire_client.managed_process import ManagedProcess
@@ -27,7 +28,11 @@ NUM_STREAMS = 6
 NUM_TOKENS = 120
 
 
-async def test_streams_outlive_a_kill_at_every_moment(tmp_path: Path) -> None:
+async def test_streams_outlive_a_kill_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The executor's process imports what pytest finds by the `pythonpath` of its settings.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     port = free_port()
 
     def executor(moment: str) -> ManagedProcess:
