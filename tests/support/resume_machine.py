@@ -368,7 +368,8 @@ class ResumeMachine(RuleBasedStateMachine):
         self.now += ms
         for sent in self.sent.values():
             since = sent.stream.over_bound_since_ms
-            if since is not None and self.now - since > UNREAD_TIMEOUT_MS:
+            is_running = sent.request.key in self.requests  # else its output is bounded anyway
+            if is_running and since is not None and self.now - since > UNREAD_TIMEOUT_MS:
                 sent.reader_is_slow = True
                 if sent.window_ms:
                     sent.alone_since = self.now
