@@ -199,7 +199,7 @@ class ResumeMachine(RuleBasedStateMachine):
         assert not sent.is_gone, "it was there after its end"
         previous = sent.reader
         if previous is not None:
-            self._expect(previous, TakenOverError)
+            self._expect(previous, SlowReaderError if sent.reader_is_slow else TakenOverError)
         sent.reader, sent.alone_since, sent.window_ms = reader, None, window_ms
         sent.next_seq = seq
         sent.reader_is_slow = False
@@ -296,13 +296,15 @@ class ResumeMachine(RuleBasedStateMachine):
     def _leave(self, sent: Sent) -> None:
         assert sent.reader is not None
         was_dismissed = sent.reader.dismissal is not None
+        was_running = sent.request.key in self.requests
         sent.reader.close()
         sent.reader = None
         if was_dismissed:
             return
         sent.alone_since = self.now
-        if not sent.window_ms and sent.request.key in self.requests:
-            raise AssertionError("it should have ended with its call")
+        if not sent.window_ms:
+            assert sent.request.key not in self.requests, "it should have ended with its call"
+            sent.is_cancelled = sent.is_cancelled or was_running
 
     @rule(number=st.integers(0, NUM_NAMES - 1), really=SELDOM)
     def cancel(self, number: int, really: bool) -> None:
