@@ -38,7 +38,7 @@ test-long: $(VENV)/.dev
 	$(BIN)/pytest $(SPREAD) $(PYTEST_ARGS)
 
 # The scheduler among simulated executors and clients that fail, then real processes that are
-# killed, stopped, cut off and starved: about an hour. FAULTS_ARGS="--seed N --trace" replays one
+# killed, stopped, cut off and starved; takes long. FAULTS_ARGS="--seed N --trace" replays one
 # seed of the simulation, and no more.
 faults: $(VENV)/.dev
 	$(BIN)/python -m tests.simulation $(FAULTS_ARGS)
