@@ -89,6 +89,9 @@ class DescribeResponse(_message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    DRAFT_MODEL_FIELD_NUMBER: _builtins.int
+    DRAFT_WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    DRAFT_KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     load_state: Global___LoadState.ValueType
     load_phase: _builtins.str
     """"read weights", "pack weights", "allocate KV cache", …"""
@@ -127,6 +130,13 @@ class DescribeResponse(_message.Message):
     """Most tokens a step."""
     weight_bytes: _builtins.int
     kv_cache_bytes: _builtins.int
+    draft_model: _builtins.str
+    """Of the draft model that proposes tokens where a plan asks for drafts and names none;
+    empty: there is none. A directory's or file's name.
+    """
+    draft_weight_bytes: _builtins.int
+    """Part of weight_bytes and of kv_cache_bytes."""
+    draft_kv_cache_bytes: _builtins.int
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -154,10 +164,13 @@ class DescribeResponse(_message.Message):
         max_num_batched_tokens: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
         kv_cache_bytes: _builtins.int = ...,
+        draft_model: _builtins.str = ...,
+        draft_weight_bytes: _builtins.int = ...,
+        draft_kv_cache_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "instance_id", b"instance_id", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_dtype", b"kv_cache_dtype", "load_error", b"load_error", "load_fraction", b"load_fraction", "load_ms", b"load_ms", "load_phase", b"load_phase", "load_state", b"load_state", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "max_position_embeddings", b"max_position_embeddings", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "rank", b"rank", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "device", b"device", "draft_kv_cache_bytes", b"draft_kv_cache_bytes", "draft_model", b"draft_model", "draft_weight_bytes", b"draft_weight_bytes", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "instance_id", b"instance_id", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_dtype", b"kv_cache_dtype", "load_error", b"load_error", "load_fraction", b"load_fraction", "load_ms", b"load_ms", "load_phase", b"load_phase", "load_state", b"load_state", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "max_position_embeddings", b"max_position_embeddings", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "rank", b"rank", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,12 +281,18 @@ class StepPlan(_message.Message):
     def work_num_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def work_num_drafts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Draft tokens to verify, work_num_drafts[i] of them for slot work_slots[i], concatenated;
-        counted in work_num_tokens. Both empty where nothing is speculated.
+        """Draft tokens to verify, work_num_drafts[i] of them behind the last known token of slot
+        work_slots[i], not counted in work_num_tokens; only where the work reaches that token. Empty
+        where nothing is speculated. The slot samples behind its last token and behind each draft
+        that is accepted; afterwards its block table is cut to the blocks that its tokens need.
         """
 
     @_builtins.property
-    def draft_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def draft_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The drafts, concatenated; empty where the executor's draft model is to propose them. It may
+        propose fewer than asked for.
+        """
+
     def __init__(
         self,
         *,
@@ -513,6 +532,7 @@ class StepResult(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     SLOT_TABLE_CHECKSUM_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     step_id: _builtins.int
     slot_table_checksum: _builtins.int
@@ -541,6 +561,10 @@ class StepResult(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___StepTimings: ...
+    @_builtins.property
+    def num_draft_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Drafts of each of sampled_slots that were verified; empty where the plan had none."""
+
     def __init__(
         self,
         *,
@@ -553,10 +577,11 @@ class StepResult(_message.Message):
         failures: _abc.Iterable[Global___SlotFailure] | None = ...,
         slot_table_checksum: _builtins.int = ...,
         timings: Global___StepTimings | None = ...,
+        num_draft_tokens: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failures", b"failures", "logprobs", b"logprobs", "num_sampled_tokens", b"num_sampled_tokens", "sampled_slots", b"sampled_slots", "sampled_token_ids", b"sampled_token_ids", "slot_table_checksum", b"slot_table_checksum", "step_id", b"step_id", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failures", b"failures", "logprobs", b"logprobs", "num_draft_tokens", b"num_draft_tokens", "num_sampled_tokens", b"num_sampled_tokens", "sampled_slots", b"sampled_slots", "sampled_token_ids", b"sampled_token_ids", "slot_table_checksum", b"slot_table_checksum", "step_id", b"step_id", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
