@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from typing import Any
 
 import grpc.aio
@@ -16,6 +17,7 @@ from stepwire_scheduler.errors import (
     ERROR_DOMAIN,
     MAX_VIOLATIONS,
     InvalidRequestError,
+    QueueFullError,
     SchedulerError,
     status_code,
 )
@@ -56,6 +58,14 @@ def to_rpc_status(error: SchedulerError, request_id: str = "") -> Status:
     return status
 
 
+@functools.lru_cache(maxsize=16)
+def _queue_full_details(message: str, retry_after_ms: int | None) -> bytes:
+    """Refusals come in floods and say the same, so that is encoded once."""
+    error = QueueFullError(message, retry_after_ms=retry_after_ms)
+    details: bytes = to_rpc_status(error).SerializeToString()
+    return details
+
+
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: SchedulerError, request_id: str = ""
 ) -> None:
@@ -63,8 +73,11 @@ async def abort(
 
     Behind output that the client does not read, the status stays queued in the connection.
     """
-    status = to_rpc_status(error, request_id)
-    metadata = ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+    if isinstance(error, QueueFullError) and not request_id:
+        details = _queue_full_details(error.message, error.retry_after_ms)
+    else:
+        details = to_rpc_status(error, request_id).SerializeToString()
+    metadata = ((STATUS_DETAILS_KEY, details),)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_ABORT_TIMEOUT_S):
             await context.abort(status_code(error), error.message, metadata)

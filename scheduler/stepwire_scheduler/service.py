@@ -23,6 +23,7 @@ from stepwire_scheduler.errors import (
 from stepwire_scheduler.event_writer import EventWriter
 from stepwire_scheduler.logs import bound_request, get_logger
 from stepwire_scheduler.metrics import Metrics
+from stepwire_scheduler.rejection_log import RejectionLog
 from stepwire_scheduler.request_stream import (
     Queued,
     Scheduled,
@@ -78,6 +79,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._metrics = metrics
         self._model_name = model_name
         self._tokenizer: Tokenizer | None = None
+        self._rejections = RejectionLog()
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Give the tokenizer once it has loaded."""
@@ -211,8 +213,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             reader = await self._open(request, context, from_seq)
         except SchedulerError as error:
             self._metrics.on_rejected(error.reason)
-            fields = [v.field for v in getattr(error, "violations", ())]
-            log.info("request rejected", reason=error.reason, fields=fields)
+            self._rejections.add(error)
             raise
         with bound_request(reader.stream.request.request_id):
             try:
@@ -238,7 +239,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if model is None:
             raise NotReadyError("the model still loads; GetModel says how far it is")
         tokenizer = self._loaded_tokenizer()
-        self._check_quota(tenant)  # before the cost of reading it, too
+        # Before the cost of reading it, too: a flood of what is refused must stay cheap.
+        self._step_loop.check_room()
+        self._check_quota(tenant)
         if not request.HasField("input"):
             raise InvalidRequestError([FieldViolation(field="input", description="must be set")])
         validated = await validate_input(

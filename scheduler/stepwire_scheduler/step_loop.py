@@ -132,13 +132,17 @@ class StepLoop:
         self._check_fits(request)
         num_sequences = request.sampling_params.n
         num_tokens = num_sequences * len(request.prompt_token_ids)
-        if len(planner.waiting) + num_sequences > self._config.max_queued_requests:
-            raise QueueFullError("too many requests wait; retry later")
+        self.check_room(num_sequences)
         if planner.waiting.num_tokens + num_tokens > self._config.max_queued_tokens:
             raise QueueFullError("too many tokens wait; retry later")
         stream = self._requests.add(request, planner.add(request), tokenizer)
         self._wake.set()
         return stream
+
+    def check_room(self, num_sequences: int = 1) -> None:
+        """Raises QueueFullError where the queue does not take so many sequences."""
+        if self.num_waiting + num_sequences > self._config.max_queued_requests:
+            raise QueueFullError("too many requests wait; retry later")
 
     def _check_fits(self, request: Request) -> None:
         """Executors may have come back with less while the request was validated."""

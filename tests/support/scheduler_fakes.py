@@ -102,6 +102,9 @@ class FakeStepLoop:
     in_flight: dict[str, int] = field(default_factory=dict)
     """Requests under way, by tenant."""
 
+    def check_room(self, num_sequences: int = 1) -> None:
+        """There always is."""
+
     def submit(self, request: Request) -> RequestStream:
         self.submitted.append(request)
         sequences = [
