@@ -7,6 +7,10 @@ which a client can, at a random moment: it ends, it is cancelled by the call, by
 by its deadline, or with its connection; or it may be resumed for a while, and is or is not. Most
 ask for more tokens than they stay for; some are several sequences. At the end no block may be in
 use; resident memory is fitted by a line over the last 80% of the requests.
+
+The same clients then do the same to a server that is nothing but grpc.aio, as a control: a call
+whose client has left before it is written to grows that one as well. grpc.aio 1.85 forgets what
+it allocated for a batch of operations that fails.
 """
 
 from __future__ import annotations
@@ -31,8 +35,9 @@ from stepwire_client.models import resolve_model
 from benchmarks.cluster import DEFAULT_MODEL
 from benchmarks.common import Figures, finish, markdown_table
 from benchmarks.memory import traced_memory
+from benchmarks.plain_server import plain_server
 from benchmarks.processes import SchedulerProcess, scheduler_process
-from benchmarks.steady_executor import VOCAB_SIZE, steady_executor
+from benchmarks.steady_executor import VOCAB_SIZE, SteadyProcess, steady_executor
 
 CLAIM = "100,000 requests that are created and cancelled at random leave no block and no memory."
 WAYS = (
@@ -198,9 +203,24 @@ def serving(model: Path, scratch: Path) -> Iterator[SchedulerProcess]:
         yield scheduler
 
 
+async def measure_control(
+    server: SteadyProcess, *, num_requests: int, concurrency: int, seed: int
+) -> Figures:
+    """Send as many to a server without stepwire; how its memory develops."""
+    test = CancelTest(server.address, num_requests, seed)
+    async with (
+        traced_memory(server.pid, lambda: test.num_done) as trace,
+        asyncio.TaskGroup() as group,
+    ):
+        for _ in range(concurrency):
+            group.create_task(test.work())
+    return {"codes": dict(test.codes), "memory": trace.figures()}
+
+
 def markdown(figures: Figures) -> str:
     """What was left behind."""
     left, memory = figures["left"], figures["memory"]
+    control = figures["control"]["memory"]
     rows = [
         (
             f"{figures['num_requests']:,}",
@@ -220,7 +240,12 @@ def markdown(figures: Figures) -> str:
         "slope over the last 80%, bytes a request",
     )
     ways = ", ".join(f"{count:,} {way}" for way, count in figures["ways"].items())
-    return f"{markdown_table(header, rows)}\n\nHow they left: {ways}."
+    return (
+        f"{markdown_table(header, rows)}\n\nHow they left: {ways}.\n\n"
+        "The control, a server of nothing but grpc.aio under the same clients: "
+        f"{control['first_mb']} / {control['last_mb']} MB, "
+        f"{control['slope_bytes']:.1f} bytes a request."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,18 +256,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--concurrency", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        serving(resolve_model(options.model), Path(scratch)) as scheduler,
-    ):
-        figures = uvloop.run(
-            measure(
-                scheduler,
-                num_requests=options.num_requests,
-                concurrency=options.concurrency,
-                seed=options.seed,
-            )
-        )
+    load = {
+        "num_requests": options.num_requests,
+        "concurrency": options.concurrency,
+        "seed": options.seed,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        with serving(resolve_model(options.model), scratch) as scheduler:
+            figures = uvloop.run(measure(scheduler, **load))
+        with plain_server(log=scratch / "control.log", token_ms=STEP_MS) as control:
+            figures["control"] = uvloop.run(measure_control(control, **load))
     finish("cancel_leak", parameters=vars(options), figures=figures, table=markdown(figures))
 
 
