@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 
-GENERATION_THRESHOLDS = (50_000, 20, 50)
+GENERATION_THRESHOLDS = (10_000, 50, 100)
 """Allocations before a young collection, and how many of each before an older one.
 
 A step makes a few objects for every sequence and drops them without a cycle; Python's 700 would
-collect several times in each step of a large batch.
+collect several times in each step of a large batch. What gRPC leaves in cycles of each call takes
+about 2 us an object to free: 50,000 at once stop every stream for 100 ms.
 """
 
 

@@ -25,7 +25,7 @@ from stepwire_scheduler.errors import (
     SchedulerError,
 )
 from stepwire_scheduler.logs import get_logger
-from stepwire_scheduler.rpc_status import abort
+from stepwire_scheduler.rpc_status import set_status
 from stepwire_scheduler.tenants import Authenticator, set_current_tenant
 
 SERVICE_NAME = "stepwire.scheduler.v1.GenerationService"
@@ -75,14 +75,14 @@ async def _answer(
     context: _Context,
 ) -> Message | None:
     try:
-        return await _answer_or_abort(method, request_class, authenticator, data, context)
+        return await _answer_with_status(method, request_class, authenticator, data, context)
     except grpc.aio.InternalError:
         # A client that leaves just when something is sent to it is no defect of the handler:
         # grpc takes this as it takes every other cancelled call.
         raise asyncio.CancelledError from None
 
 
-async def _answer_or_abort(
+async def _answer_with_status(
     method: Callable[[Any, _Context], Awaitable[Message | None]],
     request_class: type[Message],
     authenticator: Authenticator,
@@ -94,12 +94,12 @@ async def _answer_or_abort(
         set_current_tenant(authenticator.authenticate(metadata, context.peer()))
         return await method(_parse(request_class, data), context)
     except SchedulerError as error:
-        await abort(context, error)
+        set_status(context, error)
     except (grpc.aio.AbortError, grpc.aio.InternalError):
         raise
     except Exception:
         log.exception("handler failed")
-        await abort(context, InternalError("internal error; the server's log has the details"))
+        set_status(context, InternalError("internal error; the server's log has the details"))
     return None
 
 

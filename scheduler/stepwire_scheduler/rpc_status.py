@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 from typing import Any
 
@@ -24,8 +22,6 @@ from stepwire_scheduler.errors import (
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 """The metadata key that gRPC libraries of all languages read google.rpc.Status from."""
-
-_ABORT_TIMEOUT_S = 1.0
 
 
 def to_rpc_status(error: SchedulerError, request_id: str = "") -> Status:
@@ -66,18 +62,19 @@ def _queue_full_details(message: str, retry_after_ms: int | None) -> bytes:
     return details
 
 
-async def abort(
+def set_status(
     context: grpc.aio.ServicerContext[Any, Any], error: SchedulerError, request_id: str = ""
 ) -> None:
-    """End the call with the error's status; the handler must return when this does.
+    """Let the call end with the error's status once its handler returns.
 
-    Behind output that the client does not read, the status stays queued in the connection.
+    Not by context.abort: the exception that it raises, and keeps, holds the frames that it went
+    through and is held by them. A flood of refusals then leaves what only the garbage collector
+    frees, in pauses of 100 ms.
     """
     if isinstance(error, QueueFullError) and not request_id:
         details = _queue_full_details(error.message, error.retry_after_ms)
     else:
         details = to_rpc_status(error, request_id).SerializeToString()
-    metadata = ((STATUS_DETAILS_KEY, details),)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_ABORT_TIMEOUT_S):
-            await context.abort(status_code(error), error.message, metadata)
+    context.set_code(status_code(error))
+    context.set_details(error.message)
+    context.set_trailing_metadata(((STATUS_DETAILS_KEY, details),))
