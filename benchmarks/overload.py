@@ -45,6 +45,7 @@ from benchmarks.cluster import DEFAULT_MODEL
 from benchmarks.common import Figures, finish, markdown_table, percentile
 from benchmarks.memory import traced_memory
 from benchmarks.processes import SchedulerProcess, scheduler_process
+from benchmarks.request_storm import StormConnection
 from benchmarks.steady_executor import VOCAB_SIZE, steady_executor
 
 CLAIM = "Overload and slow readers cost fast readers less than 10% of their p99 gap."
@@ -58,6 +59,10 @@ UNREAD_TIMEOUT_MS = 3000
 UNREAD_S = 12.0
 """How long a slow reader reads nothing."""
 STREAMS_A_CHANNEL = 100
+SAMPLED_SHARE = 0.05
+"""Of the requests on top, sent with a gRPC library, which reads all that a refusal says."""
+METHOD = "/stepwire.scheduler.v1.GenerationService/GenerateStream"
+_STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 RAMP_SHARE = 0.3
 """Of a run, in which its clients come one by one: each prompt has to find room in a step."""
 WARM_UP_SHARE = 0.4
@@ -167,20 +172,37 @@ class Clients:
                 call.cancel()
 
     async def _storm(self) -> None:
-        stubs = [self._stub(LOCAL_POOL) for _ in range(4)]
+        """Most of it costs its sender next to nothing; a sample reads what refusals say."""
+        connections = [await self._connect() for _ in range(4)]
+        messages = [self._request(None).SerializeToString() for _ in range(256)]
+        stub = self._stub(LOCAL_POOL)
         reading: set[asyncio.Task[float]] = set()
         clock, due = time.monotonic, time.monotonic()
         try:
             while True:
                 due += self._generator.expovariate(self._plan.requests_per_s)
                 await asyncio.sleep(max(0.0, due - clock()))
-                stub = stubs[len(reading) % len(stubs)]
+                if self._generator.random() >= SAMPLED_SHARE:
+                    self._generator.choice(connections).send(self._generator.choice(messages))
+                    continue
                 task = asyncio.create_task(self._read(stub, None))
                 reading.add(task)
                 task.add_done_callback(reading.discard)
         finally:
             for task in reading:
                 task.cancel()
+            for connection in connections:
+                for code, count in connection.codes.items():
+                    self._codes[_STATUS_NAMES.get(code, "no status")] += count
+                connection.close()
+
+    async def _connect(self) -> StormConnection:
+        address = self._plan.address
+        host, port = address.rsplit(":", 1)
+        loop = asyncio.get_running_loop()
+        connection = StormConnection(address, METHOD)
+        await loop.create_connection(lambda: connection, host, int(port))
+        return connection
 
     async def _read(
         self, stub: pb_grpc.GenerationServiceAsyncStub, num_logprobs: int | None
@@ -254,7 +276,7 @@ class Load:
         return self.num_streams / (OUTPUT_LEN * self.step_ms / 1e3)
 
     def plans(self, address: str, *, is_loaded: bool, seed: int) -> list[ClientPlan]:
-        """Of the two processes of clients."""
+        """Of each process of clients."""
         num_slow = round(SLOW_SHARE * self.num_streams)
         num_fast = self.num_streams - num_slow
         half = num_fast // 2
@@ -265,21 +287,23 @@ class Load:
                     num_fast=share,
                     num_logprobs=num_slow // 2,
                     seconds=self.seconds,
-                    seed=2 * seed + index,
+                    seed=3 * seed + index,
                 )
                 for index, share in enumerate((half, num_fast - half))
             ]
-        return [
-            ClientPlan(
-                address=address,
-                num_fast=share,
-                num_slow=num_slow // 2,
-                requests_per_s=OVERLOAD * self.served_per_s / 2,
-                seconds=self.seconds,
-                seed=2 * seed + index,
-            )
+        # Whoever is measured shares no process with those who are not.
+        readers = [
+            ClientPlan(address=address, num_fast=share, seconds=self.seconds, seed=3 * seed + index)
             for index, share in enumerate((half, num_fast - half))
         ]
+        others = ClientPlan(
+            address=address,
+            num_slow=num_slow,
+            requests_per_s=OVERLOAD * self.served_per_s,
+            seconds=self.seconds,
+            seed=3 * seed + 2,
+        )
+        return [*readers, others]
 
 
 async def measure_once(
@@ -346,7 +370,7 @@ async def measure(
     for number in range(num_rounds):
         for name, of_this in runs.items():
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(2, mp_context=context) as pool:
+            with ProcessPoolExecutor(3, mp_context=context) as pool:
                 run = await measure_once(
                     scheduler,
                     executor_pid,
