@@ -54,6 +54,8 @@ class SamplingParams:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     n: int = 1
+    num_speculative_tokens: int | None = None
+    """Most draft tokens a step for each sequence; None: as many as the server's."""
 
 
 RequestKey: TypeAlias = tuple[str, str]

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from typing import Protocol, TypeAlias
 
 from stepwire_scheduler.sequence import Sequence
+from stepwire_scheduler.speculation.counters import SpeculationCounters
 
 Draft: TypeAlias = collections.abc.Sequence[int]
 """Token ids that may follow a sequence's known and pending ones. Where the executor's draft model
@@ -21,6 +22,11 @@ class Speculator(Protocol):
     way. A draft then begins behind the pending ones.
     """
 
+    @property
+    def counters(self) -> SpeculationCounters:
+        """What became of drafts since the start; observe counts it."""
+        ...
+
     def propose(self, sequences: Items[Sequence], *, num_tokens: int, budget: int) -> list[Draft]:
         """One draft for each of sequences, most of them empty.
 
@@ -34,8 +40,15 @@ class Speculator(Protocol):
         """Learn of new tokens of a sequence, which token_ids has; num_drafted may be 0."""
         ...
 
-    def note_step(self, *, num_tokens: int, busy_ms: float) -> None:
-        """Learn how long the executor took over a step of num_tokens query tokens, drafts too."""
+    def note_step(
+        self, *, num_tokens: int, busy_ms: float, num_drafts: int = 0, idle_ms: float | None = None
+    ) -> None:
+        """Learn how long the executor took over a step of num_tokens query tokens, drafts too.
+
+        num_drafts: draft tokens that its plan asked for, verified or not.
+        idle_ms: how long the executor had nothing to do before it; None where that does not count
+        because there was nothing to plan.
+        """
         ...
 
     def forget(self, sequence: Sequence) -> None:
