@@ -52,6 +52,21 @@ class StepPlan:
     num_prefix_queried_tokens: int = 0
     num_prefix_hit_tokens: int = 0
 
+    def add_work(self, sequence: Sequence, num_tokens: int, block_size: int) -> None:
+        """Let a sequence compute its next num_tokens tokens, for which it has the blocks."""
+        assert num_tokens > 0, sequence
+        sequence.num_computed_tokens = num_computed = sequence.num_computed_tokens + num_tokens
+        sequence.last_step_id = self.step_id
+        self.work_slots.append(sequence.slot)
+        self.work_num_tokens.append(num_tokens)
+        self.work_sequences.append(sequence)
+        self.num_scheduled_tokens += num_tokens
+        if num_tokens > 1 or num_computed % block_size == 0:
+            self.filled.append((sequence, num_computed))
+        if num_computed == len(sequence.token_ids) + sequence.num_pending_tokens:
+            sequence.num_pending_tokens += 1
+            self.sampled_sequences.append(sequence)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:

@@ -12,6 +12,7 @@ from stepwire_scheduler.block_pool import BlockPool
 from stepwire_scheduler.block_table import BlockTables
 from stepwire_scheduler.planner import Planner
 from stepwire_scheduler.prefix_cache import PrefixCache
+from stepwire_scheduler.running_set import RunningSet
 from stepwire_scheduler.sequence import SequenceStatus
 from support.planner_machine import PlannerMachine
 
@@ -40,21 +41,21 @@ def find_the_whole_prompt_in_the_cache(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_samples_of_preempted_sequences(patch: pytest.MonkeyPatch) -> None:
-    preempt = Planner._preempt
+    preempt = RunningSet._preempt
 
-    def drop(planner: Planner, sequence: Any, plan: Any) -> None:
-        preempt(planner, sequence, plan)
+    def drop(running: RunningSet, sequence: Any, plan: Any) -> None:
+        preempt(running, sequence, plan)
         sequence.num_pending_tokens = 0
 
-    patch.setattr(Planner, "_preempt", drop)
+    patch.setattr(RunningSet, "_preempt", drop)
 
 
 def preempt_the_earliest(patch: pytest.MonkeyPatch) -> None:
-    def earliest(planner: Planner, sequence: Any, plan: Any) -> Any:
-        others = [o for o in planner.running if o.last_step_id != plan.step_id]
+    def earliest(running: RunningSet, sequence: Any, plan: Any) -> Any:
+        others = [o for o in running.sequences if o.last_step_id != plan.step_id]
         return next((o for o in others if o is not sequence), None)
 
-    patch.setattr(Planner, "_choose_victim", earliest)
+    patch.setattr(RunningSet, "_choose_victim", earliest)
 
 
 def leave_the_slot_of_a_cancelled_sequence(patch: pytest.MonkeyPatch) -> None:
@@ -63,8 +64,8 @@ def leave_the_slot_of_a_cancelled_sequence(patch: pytest.MonkeyPatch) -> None:
     def leak(planner: Planner, sequence: Any, *arguments: Any, **keywords: Any) -> None:
         was_running = sequence.status is SequenceStatus.RUNNING
         finish(planner, sequence, *arguments, **keywords)
-        if was_running and planner._released_slots:
-            planner._released_slots.pop()
+        if was_running and planner._running._released_slots:
+            planner._running._released_slots.pop()
 
     patch.setattr(Planner, "finish", leak)
 

@@ -148,7 +148,9 @@ class CheckedPlanner(Planner):
         pool = self.block_pool
         self._require(not self.running and not self.waiting, "sequences are left")
         self._require(pool.num_free == pool.num_blocks, f"{pool.num_used} blocks are still used")
-        self._require(len(self._free_slots) == self.config.max_num_seqs, "slots are still taken")
+        self._require(
+            len(self._running.free_slots) == self.config.max_num_seqs, "slots are still taken"
+        )
 
     def _check(self) -> None:
         pool, num_blocks = self.block_pool, self.config.num_blocks

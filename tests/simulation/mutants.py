@@ -17,6 +17,7 @@ from stepwire_scheduler.plan import SequenceUpdate, StepOutcome
 from stepwire_scheduler.planner import Planner
 from stepwire_scheduler.request_stream import RequestStream, StreamReader
 from stepwire_scheduler.running_requests import RunningRequests
+from stepwire_scheduler.running_set import RunningSet
 from stepwire_scheduler.sequence import FinishReason, Sequence, SequenceStatus
 from stepwire_scheduler.step_loop import StepLoop
 
@@ -165,13 +166,13 @@ def wait_for_slow_readers(mutate: pytest.MonkeyPatch) -> None:
 
 
 def forget_samples_of_preempted_sequences(mutate: pytest.MonkeyPatch) -> None:
-    preempt = Planner._preempt
+    preempt = RunningSet._preempt
 
-    def drop(planner: Planner, sequence: Sequence, plan: Any) -> None:
-        preempt(planner, sequence, plan)
+    def drop(running: RunningSet, sequence: Sequence, plan: Any) -> None:
+        preempt(running, sequence, plan)
         sequence.num_pending_tokens = 0
 
-    mutate.setattr(Planner, "_preempt", drop)
+    mutate.setattr(RunningSet, "_preempt", drop)
 
 
 def keep_the_prefix_cache_over_epochs(mutate: pytest.MonkeyPatch) -> None:
