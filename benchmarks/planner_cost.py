@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 from stepwire.executor.v1 import executor_pb2
 from stepwire_scheduler import garbage
-from stepwire_scheduler.executor_client import parse_result, serialize_plan
 from stepwire_scheduler.plan import StepPlan
+from stepwire_scheduler.plan_messages import parse_result, serialize_plan
 from stepwire_scheduler.planner import Planner, PlannerConfig
 
 from benchmarks.common import Figures, finish, markdown_table, percentile

@@ -15,13 +15,12 @@ from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
 
 from stepwire_scheduler.errors import (
     ConfigError,
-    ExecutorMismatchError,
     ExecutorTlsError,
     PlanStreamError,
 )
-from stepwire_scheduler.plan import Admission, StepOutcome, StepPlan
+from stepwire_scheduler.plan import StepOutcome, StepPlan
 from stepwire_scheduler.plan_log import PlanLog
-from stepwire_scheduler.sequence import Logprobs
+from stepwire_scheduler.plan_messages import parse_result, serialize_plan
 from stepwire_scheduler.tls import ChannelTls, describe_tls_fault
 
 log = structlog.get_logger(__name__)
@@ -41,23 +40,6 @@ _CHANNEL_OPTIONS = (
     # A proxy named in the environment is for the way out, not for executors.
     ("grpc.enable_http_proxy", 0),
 )
-
-# What all ranks of a group must say alike, with the flag that sets it.
-_AGREED_FIELDS = {
-    "model_fingerprint": "--model",
-    "dtype": "--dtype",
-    "kv_cache_dtype": "--kv-cache-dtype",
-    "block_size": "--block-size",
-    "num_blocks": "--num-kv-blocks",
-    "max_num_seqs": "--max-num-seqs",
-    "max_num_batched_tokens": "--max-num-batched-tokens",
-}
-
-_AT_LEAST_ONE = (
-    *("vocab_size", "max_position_embeddings", "block_size", "num_blocks"),
-    *("max_num_seqs", "max_num_batched_tokens"),
-)
-"""What no executor that is ready lacks."""
 
 # Stand for messages that cannot be parsed: grpc.aio logs what a deserialiser raises with its
 # traceback, and hands out None.
@@ -185,49 +167,6 @@ class ExecutorGroup:
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
 
-def check_agreement(descriptions: Sequence[Description]) -> None:
-    """Raise ExecutorMismatchError, which names the flag to change, unless the ranks agree."""
-    check_ranks(descriptions)
-    first = descriptions[0]
-    for field in _AT_LEAST_ONE:
-        if getattr(first, field) == 0:
-            raise ExecutorMismatchError(
-                f"an executor is ready with a {field} of 0: start it in the scheduler's version"
-            )
-    for other in descriptions[1:]:
-        for field, flag in _AGREED_FIELDS.items():
-            if getattr(other, field) != getattr(first, field):
-                raise ExecutorMismatchError(
-                    f"executors disagree on {field} ({getattr(first, field)} and "
-                    f"{getattr(other, field)}): start them with the same {flag}"
-                )
-
-
-def check_ranks(descriptions: Sequence[Description]) -> None:
-    """Raise ExecutorMismatchError unless each rank of one group is there once.
-
-    Ranks that load know their place already, and would wait for one that is not named for good.
-    """
-    world_sizes = sorted({description.world_size for description in descriptions})
-    if len(world_sizes) > 1:
-        raise ExecutorMismatchError(
-            f"executors disagree on world_size ({' and '.join(map(str, world_sizes))}): start them "
-            "with the same --tensor-parallel-size"
-        )
-    expected = range(world_sizes[0])
-    ranks = sorted(description.rank for description in descriptions)
-    if ranks == list(expected):
-        return
-    missing = [str(rank) for rank in expected if rank not in ranks]
-    doubled = sorted({str(rank) for rank in ranks if ranks.count(rank) > 1})
-    problems = [f"rank {', '.join(missing)} is missing"] if missing else []
-    problems += [f"rank {', '.join(doubled)} is there more than once"] if doubled else []
-    raise ExecutorMismatchError(
-        f"the {len(ranks)} executors named do not make a group of {world_sizes[0]}: "
-        f"{' and '.join(problems)}: name each rank once in --executor"
-    )
-
-
 class PlanStream:
     """One epoch's Execute streams: the same plans go to every rank, serialised once."""
 
@@ -348,109 +287,6 @@ class PlanStream:
         if any(reply is _MALFORMED_RESPONSE for reply in replies):
             raise PlanStreamError("an executor sent a malformed message", cause="disagreed")
         return replies
-
-
-def serialize_plan(epoch: int, plan: StepPlan) -> bytes:
-    """Encode a plan as an ExecuteRequest."""
-    return executor_pb2.ExecuteRequest(
-        step_plan=executor_pb2.StepPlan(
-            epoch=epoch,
-            step_id=plan.step_id,
-            released_slots=plan.released_slots,
-            admissions=[_encode_admission(admission) for admission in plan.admissions],
-            appended_slots=plan.appended_slots,
-            appended_block_ids=plan.appended_block_ids,
-            work_slots=plan.work_slots,
-            work_num_tokens=plan.work_num_tokens,
-        )
-    ).SerializeToString()
-
-
-def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome:
-    """Line a result up with the sequences that its plan sampled.
-
-    Raises PlanStreamError where the slots are not those that the plan asked for.
-    """
-    failures = {failure.slot: failure.reason for failure in result.failures}
-    # Slots as they were when the plan was made: a sequence may have left its slot since.
-    slot_of_work = dict(zip(map(id, plan.work_sequences), plan.work_slots, strict=True))
-    expected = [slot_of_work[id(sequence)] for sequence in plan.sampled_sequences]
-    sampled = list(result.sampled_slots)
-    if not failures.keys() <= set(plan.work_slots):
-        raise _disagreement(plan, "failed slots that it was not given")
-    if sampled != [slot for slot in expected if slot not in failures]:
-        raise _disagreement(plan, "sampled other slots than it was asked to")
-    if any(count != 1 for count in result.num_sampled_tokens) or len(
-        result.sampled_token_ids
-    ) != len(sampled):
-        raise _disagreement(plan, "sampled another number of tokens")
-    token_ids = list(result.sampled_token_ids)
-    if failures:
-        by_slot = dict(zip(sampled, token_ids, strict=True))
-        token_ids = [by_slot.get(slot, 0) for slot in expected]
-    return StepOutcome(
-        step_id=plan.step_id,
-        sampled_token_ids=token_ids,
-        logprobs=_parse_logprobs(plan, expected, failures, result) if result.logprobs else [],
-        failures=failures,
-    )
-
-
-def _parse_logprobs(
-    plan: StepPlan,
-    slots: list[int],
-    failures: dict[int, str],
-    result: executor_pb2.StepResult,
-) -> list[Logprobs | None]:
-    entries = iter(result.logprobs)
-    parsed: list[Logprobs | None] = []
-    for slot, sequence in zip(slots, plan.sampled_sequences, strict=True):
-        if slot in failures or sequence.request.sampling_params.num_logprobs is None:
-            parsed.append(None)
-            continue
-        entry = next(entries, None)
-        if entry is None:
-            raise _disagreement(plan, "lacks log-probabilities")
-        parsed.append(
-            Logprobs(
-                token_id=entry.token_id,
-                logprob=entry.logprob,
-                rank=entry.rank,
-                top_token_ids=tuple(entry.top_token_ids),
-                top_logprobs=tuple(entry.top_logprobs),
-            )
-        )
-    return parsed
-
-
-def _encode_admission(admission: Admission) -> executor_pb2.Admission:
-    params = admission.sampling_params
-    return executor_pb2.Admission(
-        slot=admission.slot,
-        token_ids=admission.token_ids,
-        num_prompt_tokens=admission.num_prompt_tokens,
-        num_computed_tokens=admission.num_computed_tokens,
-        block_ids=admission.block_ids,
-        sampling_params=executor_pb2.SamplingParams(
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            seed=params.seed,
-            stream=admission.stream,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
-            logit_bias=dict(params.logit_bias),
-            min_tokens=params.min_tokens,
-            suppressed_token_ids=admission.suppressed_token_ids,
-            num_logprobs=params.num_logprobs,
-        ),
-    )
-
-
-def _disagreement(plan: StepPlan, what: str) -> PlanStreamError:
-    return PlanStreamError(f"step {plan.step_id} {what}", cause="disagreed")
 
 
 def _describe_loss(error: BaseException) -> str:

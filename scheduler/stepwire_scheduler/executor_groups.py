@@ -11,7 +11,8 @@ from stepwire.executor.v1 import executor_pb2
 from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
 
 from stepwire_scheduler.errors import ExecutorMismatchError, PlanStreamError
-from stepwire_scheduler.executor_client import ExecutorGroup, check_agreement, check_ranks
+from stepwire_scheduler.executor_agreement import check_agreement, check_ranks
+from stepwire_scheduler.executor_client import ExecutorGroup
 from stepwire_scheduler.served_model import LoadProgress
 
 DESCRIBE_INTERVAL_S = 0.05

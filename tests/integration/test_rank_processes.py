@@ -17,7 +17,8 @@ import pytest
 from grpc import aio
 from stepwire.executor.v1.executor_pb2 import DescribeRequest, DescribeResponse, LoadState
 from stepwire.executor.v1.executor_pb2_grpc import ExecutorServiceStub
-from stepwire_scheduler.executor_client import ExecutorGroup, check_agreement
+from stepwire_scheduler.executor_agreement import check_agreement
+from stepwire_scheduler.executor_client import ExecutorGroup
 from support.executor_process import LOAD_TIMEOUT_S, ExecutorProcess, executor_process
 
 CONFIG = {
