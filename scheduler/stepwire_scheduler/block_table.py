@@ -58,6 +58,14 @@ class BlockTables:
         sequence.block_ids.extend(taken)
         return taken
 
+    def cut(self, sequence: Sequence) -> None:
+        """Return the blocks that its tokens do not need, as the executor does behind drafts."""
+        num_needed = self.num_blocks_for(len(sequence.token_ids))
+        surplus = sequence.block_ids[num_needed:]
+        if surplus:
+            del sequence.block_ids[num_needed:]
+            self.pool.release(surplus, sequence.last_step_id)
+
     def close(self, sequence: Sequence) -> None:
         """Return all its blocks, once the last step that touches them is acknowledged."""
         self.pool.release(sequence.block_ids, sequence.last_step_id)
@@ -70,19 +78,27 @@ class BlockTables:
         for sequence, num_computed in plan.filled:
             num_full = num_computed // self._block_size
             if (
-                num_full <= sequence.num_registered_blocks
-                or sequence.status is not SequenceStatus.RUNNING
-                or sequence.admitted_step_id > plan.step_id
+                num_full > sequence.num_registered_blocks
+                and sequence.status is SequenceStatus.RUNNING
+                and sequence.admitted_step_id <= plan.step_id
             ):
-                continue
-            tenant = sequence.request.tenant
-            self._prefix_cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
-            for position in range(sequence.num_registered_blocks, num_full):
-                self._prefix_cache.register(
-                    sequence.block_ids[position],
-                    position,
-                    sequence.block_hashes,
-                    sequence.token_ids,
-                    tenant,
-                )
-            sequence.num_registered_blocks = num_full
+                self._register(sequence, num_full)
+
+    def register(self, sequence: Sequence) -> None:
+        """Tell the prefix cache of blocks that a running sequence with no step in flight fills."""
+        num_full = sequence.num_computed_tokens // self._block_size
+        if self._enable_prefix_caching and num_full > sequence.num_registered_blocks:
+            self._register(sequence, num_full)
+
+    def _register(self, sequence: Sequence, num_full: int) -> None:
+        tenant = sequence.request.tenant
+        self._prefix_cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
+        for position in range(sequence.num_registered_blocks, num_full):
+            self._prefix_cache.register(
+                sequence.block_ids[position],
+                position,
+                sequence.block_hashes,
+                sequence.token_ids,
+                tenant,
+            )
+        sequence.num_registered_blocks = num_full

@@ -55,8 +55,6 @@ class StepReply:
     outcome: StepOutcome
     elapsed_ms: float
     """From the plan's receipt to the result, on rank 0."""
-    busy_ms: float
-    """What computes had the step's work."""
     idle_ms: float
     """What computes had nothing to do before that."""
 
@@ -249,7 +247,6 @@ class PlanStream:
             epoch=result.epoch,
             outcome=parse_result(plan, result),
             elapsed_ms=timings.elapsed_ms,
-            busy_ms=timings.forward_ms + timings.sample_ms,
             idle_ms=timings.idle_ms,
         )
 

@@ -41,6 +41,10 @@ class StepPlan:
     work_slots: list[int] = field(default_factory=list)
     work_num_tokens: list[int] = field(default_factory=list)
     work_sequences: list[Sequence] = field(default_factory=list)
+    work_num_drafts: list[int] = field(default_factory=list)
+    """Drafts behind each work's last token; empty where there are none."""
+    draft_token_ids: list[int] = field(default_factory=list)
+    """Concatenated; empty where the executor's draft model is to propose them."""
     filled: list[tuple[Sequence, int]] = field(default_factory=list)
     """Sequences that may fill blocks in this step, with the tokens computed once it is done."""
     sampled_sequences: list[Sequence] = field(default_factory=list)
@@ -48,6 +52,7 @@ class StepPlan:
     first_scheduled: list[Sequence] = field(default_factory=list)
     """Those that get their first step now."""
     num_scheduled_tokens: int = 0
+    """Query tokens of the step, drafts included."""
     num_preemptions: int = 0
     num_prefix_queried_tokens: int = 0
     num_prefix_hit_tokens: int = 0
@@ -74,11 +79,18 @@ class StepOutcome:
 
     step_id: int
     sampled_token_ids: list[int]
-    """One for each of the plan's sampled_sequences."""
+    """Of each of the plan's sampled_sequences, concatenated; one each, or num_sampled_tokens."""
     logprobs: list[Logprobs | None]
     """Parallel to sampled_token_ids, or empty where nobody asked."""
     failures: dict[int, str]
     """Reason by slot, for sequences that cannot go on."""
+    num_sampled_tokens: list[int] = field(default_factory=list)
+    """By sampled sequence, where the plan had drafts, else empty: accepted ones + 1; of a sequence
+    that failed 0."""
+    num_draft_tokens: list[int] = field(default_factory=list)
+    """By sampled sequence, where the plan had drafts, else empty: how many were verified."""
+    busy_ms: float = 0.0
+    """What computes had the step's work."""
 
 
 class SequenceUpdate(NamedTuple):  # made for every token: a frozen dataclass costs twice this

@@ -21,6 +21,8 @@ def serialize_plan(epoch: int, plan: StepPlan) -> bytes:
             appended_block_ids=plan.appended_block_ids,
             work_slots=plan.work_slots,
             work_num_tokens=plan.work_num_tokens,
+            work_num_drafts=plan.work_num_drafts,
+            draft_token_ids=plan.draft_token_ids,
         )
     ).SerializeToString()
 
@@ -28,7 +30,8 @@ def serialize_plan(epoch: int, plan: StepPlan) -> bytes:
 def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome:
     """Line a result up with the sequences that its plan sampled.
 
-    Raises PlanStreamError where the slots are not those that the plan asked for.
+    Raises PlanStreamError where the slots are not those that the plan asked for, or the tokens
+    cannot come of the plan's drafts.
     """
     failures = {failure.slot: failure.reason for failure in result.failures}
     # Slots as they were when the plan was made: a sequence may have left its slot since.
@@ -39,46 +42,100 @@ def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome
         raise _disagreement(plan, "failed slots that it was not given")
     if sampled != [slot for slot in expected if slot not in failures]:
         raise _disagreement(plan, "sampled other slots than it was asked to")
-    if any(count != 1 for count in result.num_sampled_tokens) or len(
-        result.sampled_token_ids
-    ) != len(sampled):
+    timings = result.timings
+    busy_ms = timings.forward_ms + timings.sample_ms
+    if plan.work_num_drafts:
+        num_sampled, num_drafts = _check_drafts(plan, result)
+        counts = dict(zip(sampled, num_sampled, strict=True))
+        num_drafts_of = dict(zip(sampled, num_drafts, strict=True))
+        num_sampled = [counts.get(slot, 0) for slot in expected]
+        return StepOutcome(
+            step_id=plan.step_id,
+            sampled_token_ids=list(result.sampled_token_ids),
+            logprobs=_parse_logprobs(plan, num_sampled, result) if result.logprobs else [],
+            failures=failures,
+            num_sampled_tokens=num_sampled,
+            num_draft_tokens=[num_drafts_of.get(slot, 0) for slot in expected],
+            busy_ms=busy_ms,
+        )
+    if (
+        any(count != 1 for count in result.num_sampled_tokens)
+        or len(result.sampled_token_ids) != len(sampled)
+        or any(result.num_draft_tokens)
+    ):
         raise _disagreement(plan, "sampled another number of tokens")
     token_ids = list(result.sampled_token_ids)
     if failures:
         by_slot = dict(zip(sampled, token_ids, strict=True))
         token_ids = [by_slot.get(slot, 0) for slot in expected]
+    logprobs: list[Logprobs | None] = []
+    if result.logprobs:
+        logprobs = _parse_logprobs(plan, [int(slot not in failures) for slot in expected], result)
+        if failures:  # which have a token here, though none that counts
+            entries = iter(logprobs)
+            logprobs = [None if slot in failures else next(entries) for slot in expected]
     return StepOutcome(
         step_id=plan.step_id,
         sampled_token_ids=token_ids,
-        logprobs=_parse_logprobs(plan, expected, failures, result) if result.logprobs else [],
+        logprobs=logprobs,
         failures=failures,
+        busy_ms=busy_ms,
     )
 
 
+def _check_drafts(plan: StepPlan, result: executor_pb2.StepResult) -> tuple[list[int], list[int]]:
+    """How many tokens each sampled slot has, and how many drafts were verified for it."""
+    num_sampled, num_drafts = list(result.num_sampled_tokens), list(result.num_draft_tokens)
+    num_slots = len(result.sampled_slots)
+    if len(num_sampled) != num_slots or sum(num_sampled) != len(result.sampled_token_ids):
+        raise _disagreement(plan, "sampled another number of tokens")
+    if len(num_drafts) != num_slots:
+        raise _disagreement(plan, "does not say how many drafts it verified")
+    starts: dict[int, int] = {}
+    num_asked: dict[int, int] = {}
+    start = 0
+    for slot, count in zip(plan.work_slots, plan.work_num_drafts, strict=True):
+        num_asked[slot], starts[slot] = count, start
+        start += count
+    first = 0
+    for slot, count, num_verified in zip(
+        result.sampled_slots, num_sampled, num_drafts, strict=True
+    ):
+        if num_verified > num_asked[slot]:
+            raise _disagreement(plan, "verified more drafts than it was asked to")
+        if not 1 <= count <= num_verified + 1:
+            raise _disagreement(plan, "accepted more drafts than there were")
+        if plan.draft_token_ids:
+            drafts = plan.draft_token_ids[starts[slot] : starts[slot] + count - 1]
+            if list(result.sampled_token_ids[first : first + count - 1]) != drafts:
+                raise _disagreement(plan, "accepted other tokens than were drafted")
+        first += count
+    return num_sampled, num_drafts
+
+
 def _parse_logprobs(
-    plan: StepPlan,
-    slots: list[int],
-    failures: dict[int, str],
-    result: executor_pb2.StepResult,
+    plan: StepPlan, num_sampled: list[int], result: executor_pb2.StepResult
 ) -> list[Logprobs | None]:
+    """One for each token; num_sampled: tokens of each of the plan's sampled sequences."""
     entries = iter(result.logprobs)
     parsed: list[Logprobs | None] = []
-    for slot, sequence in zip(slots, plan.sampled_sequences, strict=True):
-        if slot in failures or sequence.request.sampling_params.num_logprobs is None:
-            parsed.append(None)
+    for sequence, count in zip(plan.sampled_sequences, num_sampled, strict=True):
+        if sequence.request.sampling_params.num_logprobs is None:
+            parsed.extend([None] * count)
             continue
-        entry = next(entries, None)
-        if entry is None:
-            raise _disagreement(plan, "lacks log-probabilities")
-        parsed.append(
-            Logprobs(
-                token_id=entry.token_id,
-                logprob=entry.logprob,
-                rank=entry.rank,
-                top_token_ids=tuple(entry.top_token_ids),
-                top_logprobs=tuple(entry.top_logprobs),
+        for _ in range(count):
+            entry = next(entries, None)
+            if entry is None:
+                raise _disagreement(plan, "lacks log-probabilities")
+            parsed.append(
+                Logprobs(
+                    token_id=entry.token_id,
+                    logprob=entry.logprob,
+                    rank=entry.rank,
+                    top_token_ids=tuple(entry.top_token_ids),
+                    top_logprobs=tuple(entry.top_logprobs),
+                )
             )
-        )
     return parsed
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from stepwire_scheduler.admission import plan_admissions
 from stepwire_scheduler.block_pool import BlockPool
 from stepwire_scheduler.deadlines import Deadlines
+from stepwire_scheduler.drafting import Drafting
 from stepwire_scheduler.plan import SequenceUpdate, StepOutcome, StepPlan
 from stepwire_scheduler.planner_config import PlannerConfig
 from stepwire_scheduler.request_queue import RequestQueue
 from stepwire_scheduler.running_set import RunningSet
 from stepwire_scheduler.sequence import FinishReason, Request, Sequence, SequenceStatus
+from stepwire_scheduler.speculation.interface import Speculator
 
 __all__ = ["Planner", "PlannerConfig"]
 
@@ -21,12 +23,15 @@ __all__ = ["Planner", "PlannerConfig"]
 class Planner:
     """Holds every sequence and decides each step.
 
-    Decodes first, then chunks of prefills, then admissions, all from one token budget. Tokens
-    stay here whatever becomes of a sequence's slot and blocks, and are recomputed.
+    Decodes first, then chunks of prefills, then admissions, then drafts behind the decodes, all
+    from one token budget. Tokens stay here whatever becomes of a sequence's slot and blocks, and
+    are recomputed.
     """
 
-    def __init__(self, config: PlannerConfig, *, prefix_key: bytes) -> None:
-        """prefix_key: secret bytes for the prefix cache's hash."""
+    def __init__(
+        self, config: PlannerConfig, *, prefix_key: bytes, speculator: Speculator | None = None
+    ) -> None:
+        """prefix_key: secret bytes for the prefix cache's hash. speculator: proposes drafts."""
         self.config = config
         self.waiting = RequestQueue()
         self._running = RunningSet(config, self.waiting, prefix_key=prefix_key)
@@ -35,6 +40,7 @@ class Planner:
         self._deadlines = Deadlines()
         self._num_sequences = 0
         self._last_step_id = 0
+        self._drafting = None if speculator is None else Drafting(speculator, self._running)
 
     @property
     def running(self) -> list[Sequence]:
@@ -45,6 +51,11 @@ class Planner:
     def block_pool(self) -> BlockPool:
         """The blocks of this epoch's executors."""
         return self._running.block_tables.pool
+
+    @property
+    def last_drafts(self) -> list[tuple[int, int]]:
+        """Of the step booked last: how many tokens each draft had, and how many were accepted."""
+        return [] if self._drafting is None else self._drafting.last_drafts
 
     # Events
 
@@ -83,6 +94,8 @@ class Planner:
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         sequence.stop_token_id = stop_token_id
+        if self._drafting is not None:
+            self._drafting.forget(sequence)
 
     def expire(self, now_ms: float) -> list[SequenceUpdate]:
         """End every sequence whose deadline has passed."""
@@ -105,7 +118,6 @@ class Planner:
         """
         assert outcome.step_id == next(iter(self.inflight)), outcome.step_id
         plan = self.inflight.pop(outcome.step_id)
-        assert len(outcome.sampled_token_ids) == len(plan.sampled_sequences)
         self._running.block_tables.register_full_blocks(plan)
         updates: list[SequenceUpdate] = []
         if outcome.failures:
@@ -115,6 +127,16 @@ class Planner:
                 if sequence.status is not SequenceStatus.FINISHED:
                     self.finish(sequence, FinishReason.ERROR)
                     updates.append(SequenceUpdate(sequence, error=reason))
+        if self._drafting is not None:
+            updates += self._drafting.book(plan, outcome, self.finish)
+        else:
+            self._book(plan, outcome, updates)
+        self.block_pool.acknowledge(outcome.step_id)
+        return updates
+
+    def _book(self, plan: StepPlan, outcome: StepOutcome, updates: list[SequenceUpdate]) -> None:
+        """Append the one token of each sequence that a step without drafts has sampled."""
+        assert len(outcome.sampled_token_ids) == len(plan.sampled_sequences)
         logprobs = outcome.logprobs
         for i, sequence in enumerate(plan.sampled_sequences):
             sequence.num_pending_tokens -= 1
@@ -128,8 +150,6 @@ class Planner:
                 self.finish(sequence, FinishReason.LENGTH)
             entry = logprobs[i] if logprobs else None
             updates.append(SequenceUpdate(sequence, (token_id,), (entry,) if entry else ()))
-        self.block_pool.acknowledge(outcome.step_id)
-        return updates
 
     def reset_epoch(self, *, is_handover: bool = False) -> list[SequenceUpdate]:
         """Forget what the executor held: every running sequence waits to be admitted again.
@@ -144,6 +164,8 @@ class Planner:
                 sequence.num_pending_tokens = 0
         self.inflight.clear()
         self._last_step_id = 0
+        if self._drafting is not None:
+            self._drafting.reset_epoch()
         failed: list[SequenceUpdate] = []
         for sequence in self._running.clear():
             sequence.num_resumes += not is_handover
@@ -163,9 +185,12 @@ class Planner:
             leader = leaders.setdefault(id(sequence.request), sequence)
             sequence.leader = None if leader is sequence else leader
 
-    def reconfigure(self, config: PlannerConfig) -> list[SequenceUpdate]:
+    def reconfigure(
+        self, config: PlannerConfig, *, speculator: Speculator | None = None
+    ) -> list[SequenceUpdate]:
         """Adopt what executors offer that came back with another pool; between epochs only.
 
+        speculator: takes the place of the one before; what waits is new to it.
         Returns the sequences that can no longer fit, which end here.
         """
         assert not self.running, "reset_epoch comes first"
@@ -175,6 +200,7 @@ class Planner:
                 sequence.block_hashes.clear()
         self.config = config
         self._running.reconfigure(config)
+        self._drafting = None if speculator is None else Drafting(speculator, self._running)
         misfits = [
             sequence
             for sequence in self.waiting
@@ -189,7 +215,10 @@ class Planner:
 
     def plan(self, now_ms: float) -> StepPlan | None:
         """Decide the next step, or None where there is nothing to do or no room in flight."""
-        if len(self.inflight) >= self.config.max_inflight_steps:
+        drafting = self._drafting
+        if len(self.inflight) >= self.config.max_inflight_steps or (
+            drafting is not None and drafting.is_inflight
+        ):
             return None
         plan = StepPlan(step_id=self._last_step_id + 1)
         budget = self.config.max_num_batched_tokens
@@ -213,7 +242,8 @@ class Planner:
             ):
                 plan.add_work(sequence, 1, block_size)
                 budget -= 1
-        if plan.work_slots or self._is_recomputing(prefills):
+        num_decodes = len(plan.work_slots)
+        if num_decodes or self._is_recomputing(prefills):
             budget = min(budget, self.config.max_num_prefill_tokens)
         budget = self._plan_prefills(prefills, budget, plan)
         if budget > 0 and plan.num_preemptions == 0:
@@ -229,6 +259,8 @@ class Planner:
         if not plan.work_slots:
             assert not plan.admissions
             return None
+        if drafting is not None and num_decodes:
+            drafting.plan(plan, num_decodes, self.config)
         plan.released_slots = self._running.take_released_slots()
         self._last_step_id = plan.step_id
         self.inflight[plan.step_id] = plan

@@ -26,5 +26,7 @@ class PlannerConfig:
     scheduling_policy: SchedulingPolicy = "fcfs"
     enable_prefix_caching: bool = True
     eos_token_ids: frozenset[int] = frozenset()
+    has_draft_model: bool = False
+    """Drafts are the executor's: plans say how many, not which."""
     max_resumes: int = 3
     """Epochs that a sequence may lose before it fails."""

@@ -107,7 +107,8 @@ class Sequence:
 
     `num_computed_tokens` runs ahead of the executor: it counts what has been planned.
     `num_pending_tokens` counts samples that are planned but not back yet, so the executor
-    knows `len(token_ids) + num_pending_tokens` tokens once it has run every plan sent.
+    knows `len(token_ids) + num_pending_tokens` tokens once it has run every plan sent. Neither
+    counts drafts: those that are accepted come on top when their step is booked.
     """
 
     __slots__ = (
@@ -120,8 +121,10 @@ class Sequence:
         "last_step_id",
         "leader",
         "max_num_tokens",
+        "num_accepted_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_draft_tokens",
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -174,6 +177,10 @@ class Sequence:
         self.last_step_id = 0
         """The last planned step that touches its blocks."""
         self.first_scheduled_ms: float | None = None
+        self.num_draft_tokens = 0
+        """Tokens that were proposed by speculation and verified."""
+        self.num_accepted_tokens = 0
+        """Those of them that were sampled as well."""
         self.num_preemptions = 0
         self.num_resumes = 0
         self.finish_reason: FinishReason | None = None

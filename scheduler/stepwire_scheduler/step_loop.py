@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import structlog
 from stepwire.executor.v1.executor_pb2 import DescribeResponse as Description
@@ -36,6 +36,7 @@ from stepwire_scheduler.request_stream import RequestStream, StreamReader
 from stepwire_scheduler.running_requests import RunningRequests
 from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState, served_model
+from stepwire_scheduler.speculation import Speculator
 from stepwire_scheduler.tls import executor_tls
 
 _HOUSEKEEPING_INTERVAL_S = 0.05
@@ -43,6 +44,9 @@ TOKENS_OF_A_TIMEOUT = 512
 """A step of more tokens may take longer than step_timeout_ms."""
 
 log = structlog.get_logger(__name__)
+
+SpeculatorFactory: TypeAlias = Callable[[SchedulerConfig, ServedModel], Speculator | None]
+"""Makes what proposes drafts for a model, or None where tokens are to come one a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,15 @@ class StepLoop:
     """
 
     def __init__(
-        self, config: SchedulerConfig, metrics: Metrics, plan_log: PlanLog | None = None
+        self,
+        config: SchedulerConfig,
+        metrics: Metrics,
+        plan_log: PlanLog | None = None,
+        *,
+        make_speculator: SpeculatorFactory | None = None,
     ) -> None:
         """plan_log: records every epoch's plans and results."""
+        self._make_speculator = make_speculator
         self._config = config
         self._plan_log = plan_log
         self._metrics = metrics
@@ -277,10 +287,13 @@ class StepLoop:
             log.warning("the executors serve another model; ending what waits")
             for key in self._requests:
                 self._requests.end(key, FinishReason.ERROR, ExecutorLostError("the model changed"))
+        make_speculator = self._make_speculator
+        speculator = make_speculator(self._config, model) if make_speculator is not None else None
         if self._planner is None:
-            self._planner = Planner(config, prefix_key=secrets.token_bytes(32))
+            prefix_key = secrets.token_bytes(32)
+            self._planner = Planner(config, prefix_key=prefix_key, speculator=speculator)
         else:
-            self._requests.deliver(self._planner.reconfigure(config))
+            self._requests.deliver(self._planner.reconfigure(config, speculator=speculator))
         log.info(
             "executors are ready",
             device=model.device,
@@ -347,7 +360,7 @@ class StepLoop:
                 schedule_seconds=sent.schedule_ms / 1e3,
                 step_seconds=step_ms / 1e3,
                 wire_seconds=max(0.0, step_ms - reply.elapsed_ms) / 1e3,
-                busy_seconds=reply.busy_ms / 1e3,
+                busy_seconds=reply.outcome.busy_ms / 1e3,
                 idle_seconds=reply.idle_ms / 1e3 if sent.had_work_before else 0.0,
                 num_batched_tokens=sent.num_tokens,
             )
