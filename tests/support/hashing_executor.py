@@ -12,7 +12,7 @@ from stepwire.executor.v1 import executor_pb2 as pb
 from stepwire.executor.v1 import executor_pb2_grpc
 from stepwire_scheduler.plan import Admission, StepPlan
 from stepwire_scheduler.sequence import SamplingParams
-from support.simulated_executor import SimulatedExecutor, hashed_sample
+from support.simulated_executor import SimulatedExecutor, hashed_draft, hashed_sample
 
 Corrupt = Callable[[pb.StepResult], pb.StepResult | None]
 """Changes a result on its way out; None keeps it back for good."""
@@ -72,12 +72,14 @@ class HashingExecutor(executor_pb2_grpc.ExecutorServiceServicer):
             self.open_calls.remove(context)
 
     async def _serve(self, requests: AsyncIterator[pb.ExecuteRequest], context: Any) -> None:
+        sample = hashed_sample(VOCAB_SIZE)
         simulated = SimulatedExecutor(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
-            sample=hashed_sample(VOCAB_SIZE),
+            sample=sample,
+            draft=hashed_draft(sample, VOCAB_SIZE),
         )
         num_logprobs: dict[int, int] = {}
         async for request in requests:
@@ -133,6 +135,8 @@ def _execute(
             appended_block_ids=list(plan.appended_block_ids),
             work_slots=list(plan.work_slots),
             work_num_tokens=list(plan.work_num_tokens),
+            work_num_drafts=list(plan.work_num_drafts),
+            draft_token_ids=list(plan.draft_token_ids),
         )
     )
     sampled = [
@@ -140,22 +144,27 @@ def _execute(
         for slot in plan.work_slots
         if len(simulated.slots[slot].token_ids) > known_before[slot]
     ]
+    num_sampled = outcome.num_sampled_tokens or [1] * len(sampled)
+    slot_of_token = [
+        slot for slot, count in zip(sampled, num_sampled, strict=True) for _ in range(count)
+    ]
     logprobs = [
         pb.TokenLogprobs(
             token_id=token_id,
-            logprob=-1.0,
+            logprob=-float(token_id),
             rank=1,
             top_token_ids=range(num_logprobs[slot]),
             top_logprobs=[-1.0] * num_logprobs[slot],
         )
-        for slot, token_id in zip(sampled, outcome.sampled_token_ids, strict=True)
+        for slot, token_id in zip(slot_of_token, outcome.sampled_token_ids, strict=True)
         if slot in num_logprobs
     ]
     return pb.StepResult(
         epoch=plan.epoch,
         step_id=plan.step_id,
         sampled_slots=sampled,
-        num_sampled_tokens=[1] * len(sampled),
+        num_sampled_tokens=num_sampled,
         sampled_token_ids=outcome.sampled_token_ids,
+        num_draft_tokens=outcome.num_draft_tokens,
         logprobs=logprobs,
     )

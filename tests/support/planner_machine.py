@@ -16,7 +16,8 @@ from stepwire_scheduler.sequence import (
     Sequence,
     SequenceStatus,
 )
-from support.simulated_executor import SimulatedExecutor, hashed_sample
+from support.scripted_speculator import DraftModelSpeculator, ScriptedSpeculator
+from support.simulated_executor import SimulatedExecutor, hashed_draft, hashed_sample
 
 VOCAB_SIZE = 3  # small, so that prefixes collide and end-of-sequence comes often
 EOS = 2
@@ -35,6 +36,8 @@ class PlannerMachine(RuleBasedStateMachine):
         max_inflight_steps=st.integers(1, 3),
         policy=st.sampled_from(["fcfs", "priority"]),
         enable_prefix_caching=st.booleans(),
+        speculation=st.sampled_from([None, ScriptedSpeculator, DraftModelSpeculator]),
+        speculation_seed=st.integers(0, 99),
     )
     def start(
         self,
@@ -46,6 +49,8 @@ class PlannerMachine(RuleBasedStateMachine):
         max_inflight_steps: int,
         policy: str,
         enable_prefix_caching: bool,
+        speculation: type[ScriptedSpeculator] | None,
+        speculation_seed: int,
     ) -> None:
         self.config = PlannerConfig(
             num_blocks=num_blocks,
@@ -58,9 +63,13 @@ class PlannerMachine(RuleBasedStateMachine):
             enable_prefix_caching=enable_prefix_caching,
             eos_token_ids=frozenset({EOS}),
             max_resumes=2,
+            has_draft_model=speculation is DraftModelSpeculator,
         )
-        self.planner = Planner(self.config, prefix_key=b"secret")
         self.sample = hashed_sample(VOCAB_SIZE)
+        self.speculator: ScriptedSpeculator | None = None
+        if speculation is not None:
+            self.speculator = speculation(self._truth, vocab_size=VOCAB_SIZE, seed=speculation_seed)
+        self.planner = Planner(self.config, prefix_key=b"secret", speculator=self.speculator)
         self.now_ms = 0.0
         self.sequences: list[Sequence] = []
         self.results: deque[StepOutcome] = deque()
@@ -74,9 +83,18 @@ class PlannerMachine(RuleBasedStateMachine):
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             sample=self.sample,
+            draft=hashed_draft(self.sample, VOCAB_SIZE),
         )
+        if self.speculator is not None:
+            self.speculator.reset_epoch()
         self.results.clear()
         self.touched: dict[int, set[int]] = {}
+
+    def _truth(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        tokens = list(sequence.token_ids)
+        for _ in range(num_tokens):
+            tokens.append(self.sample(tokens, sequence.index))
+        return tokens[len(sequence.token_ids) :]
 
     @rule(
         prompt=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12),
@@ -86,6 +104,7 @@ class PlannerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         tenant=st.sampled_from(TENANTS),
         time_left_ms=st.sampled_from([1.0, 20.0, float("inf")]),
+        num_speculative_tokens=st.sampled_from([None, None, 0, 1, 3]),
     )
     def submit(
         self,
@@ -96,6 +115,7 @@ class PlannerMachine(RuleBasedStateMachine):
         ignore_eos: bool,
         tenant: str,
         time_left_ms: float,
+        num_speculative_tokens: int | None,
     ) -> None:
         room = self.config.num_blocks * self.config.block_size
         if len(prompt) >= room:
@@ -105,7 +125,10 @@ class PlannerMachine(RuleBasedStateMachine):
                 request_id=f"r{len(self.sequences)}",
                 prompt_token_ids=array("I", prompt),
                 sampling_params=SamplingParams(
-                    max_tokens=min(max_tokens, room - len(prompt)), n=n, ignore_eos=ignore_eos
+                    max_tokens=min(max_tokens, room - len(prompt)),
+                    n=n,
+                    ignore_eos=ignore_eos,
+                    num_speculative_tokens=num_speculative_tokens,
                 ),
                 priority=priority,
                 arrival_ms=self.now_ms,
@@ -117,10 +140,15 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule()
     def plan(self) -> None:
         earliest = self.planner.running[0] if self.planner.running else None
+        has_drafts_inflight = any(self.drafts_inflight)
         plan = self.planner.plan(self.now_ms)
         if earliest is not None:
             assert earliest.status is SequenceStatus.RUNNING, "preempted for a later one"
         if plan is not None:
+            assert not has_drafts_inflight, "planned before the drafts were verified"
+            for sequence, num_drafts in zip(plan.work_sequences, plan.work_num_drafts):  # noqa: B905 - none where nothing is drafted
+                num_asked = sequence.request.sampling_params.num_speculative_tokens
+                assert num_asked is None or num_drafts <= num_asked
             self.touched[plan.step_id] = {
                 block_id for sequence in plan.work_sequences for block_id in sequence.block_ids
             }
@@ -188,11 +216,36 @@ class PlannerMachine(RuleBasedStateMachine):
         for step_id in self.planner.inflight:
             assert not any(map(self.planner.block_pool.is_free, self.touched[step_id]))
 
+    @property
+    def drafts_inflight(self) -> dict[int, int]:
+        """How many drafts each sequence has in flight, by its id."""
+        return {
+            id(sequence): num_drafts
+            for plan in self.planner.inflight.values()
+            if plan.work_num_drafts
+            for sequence, num_drafts in zip(plan.work_sequences, plan.work_num_drafts, strict=True)
+            if num_drafts
+        }
+
     @invariant()
     def no_more_is_allocated_than_the_next_block(self) -> None:
+        drafts = self.drafts_inflight
         for sequence in self.planner.running:
+            num_needed = sequence.num_computed_tokens + drafts.get(id(sequence), 0)
+            if self.speculator is not None and num_needed + 1 == len(sequence.token_ids):
+                num_needed += 1  # what is behind accepted drafts may have its block already
             num_cells = len(sequence.block_ids) * self.config.block_size
-            assert num_cells - sequence.num_computed_tokens < self.config.block_size
+            assert num_cells - num_needed < self.config.block_size
+
+    @invariant()
+    def the_executor_holds_what_the_planner_thinks(self) -> None:
+        if self.planner.inflight:
+            return
+        for sequence in self.planner.running:
+            slot = self.executor.slots[sequence.slot]
+            assert slot.token_ids == list(sequence.token_ids)
+            assert slot.num_computed == sequence.num_computed_tokens
+            assert slot.block_ids == sequence.block_ids
 
     @invariant()
     def tokens_are_those_of_an_undisturbed_run(self) -> None:
