@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
-from support.planner_machine import PlannerMachine
+from support.planner_machine import PlannerMachine, SpeculatingPlannerMachine
 
 TestPlannerMachine = PlannerMachine.TestCase
-TestPlannerMachine.settings = settings(
+TestSpeculatingPlannerMachine = SpeculatingPlannerMachine.TestCase
+TestPlannerMachine.settings = TestSpeculatingPlannerMachine.settings = settings(
     max_examples=400,
     stateful_step_count=50,
     deadline=None,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stepwire_scheduler.plan import SequenceUpdate, StepOutcome, StepPlan
 from stepwire_scheduler.planner import Planner, PlannerConfig
 from stepwire_scheduler.sequence import FinishReason, Request, Sequence, SequenceStatus
+from stepwire_scheduler.speculation import Speculator
+
+from tests.support.scripted_speculator import ScriptedSpeculator
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -16,9 +20,13 @@ if TYPE_CHECKING:
 class CheckedPlanner(Planner):
     """Reports what must never be to the world it runs in."""
 
-    def __init__(self, world: World, config: PlannerConfig) -> None:
-        super().__init__(config, prefix_key=b"simulated")
+    def __init__(
+        self, world: World, config: PlannerConfig, speculator: ScriptedSpeculator | None
+    ) -> None:
+        config = replace(config, has_draft_model=world.scenario.speculation == "draft_model")
+        super().__init__(config, prefix_key=b"simulated", speculator=speculator)
         self._world = world
+        self._speculator = speculator
         self._touched: dict[int, set[int]] = {}
         """Blocks that each step in flight may read or write."""
         self._expected_key: dict[int, tuple[int, int]] = {}
@@ -51,9 +59,11 @@ class CheckedPlanner(Planner):
         return len(waiting), sum(len(sequence.token_ids) for sequence in waiting)
 
     def plan(self, now_ms: float) -> StepPlan | None:
+        has_drafts_inflight = any(plan.work_num_drafts for plan in self.inflight.values())
         plan = super().plan(now_ms)
         if plan is None:
             return None
+        self._require(not has_drafts_inflight, "a plan follows drafts that are not verified")
         self._world.num_steps += 1
         self._touched[plan.step_id] = {
             block_id for sequence in plan.work_sequences for block_id in sequence.block_ids
@@ -63,7 +73,8 @@ class CheckedPlanner(Planner):
         if self._world.is_tracing:
             work = dict(zip(plan.work_slots, plan.work_num_tokens, strict=True))
             self._world.note(
-                f"plan {plan.step_id}: work {work}, released {plan.released_slots}, admitted "
+                f"plan {plan.step_id}: work {work}, drafts {plan.work_num_drafts} "
+                f"{plan.draft_token_ids}, released {plan.released_slots}, admitted "
                 f"{[s for s in plan.work_sequences if s.admitted_step_id == plan.step_id]}"
             )
         self._check()
@@ -118,6 +129,8 @@ class CheckedPlanner(Planner):
         running = list(self.running)
         before = {id(each): (each.num_resumes, len(each.token_ids)) for each in running}
         failed = super().reset_epoch(is_handover=is_handover)
+        if self._speculator is not None:
+            self._speculator.reset_epoch()
         self._world.note(
             f"epoch ends{' by handover' * is_handover}; {len(running)} sequences are queued again"
         )
@@ -137,9 +150,14 @@ class CheckedPlanner(Planner):
         self._check()
         return failed
 
-    def reconfigure(self, config: PlannerConfig) -> list[SequenceUpdate]:
+    def reconfigure(
+        self, config: PlannerConfig, *, speculator: Speculator | None = None
+    ) -> list[SequenceUpdate]:
         self._world.note(f"the pool has {config.num_blocks} blocks of {config.block_size} now")
-        misfits = super().reconfigure(config)
+        config = replace(config, has_draft_model=self.config.has_draft_model)
+        assert speculator is None or isinstance(speculator, ScriptedSpeculator)
+        self._speculator = speculator
+        misfits = super().reconfigure(config, speculator=speculator)
         self._check()
         return misfits
 

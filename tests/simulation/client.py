@@ -111,6 +111,7 @@ class SimulatedClient:
                     n=script.n,
                     ignore_eos=script.ignore_eos,
                     stop_token_ids=script.stop_token_ids,
+                    num_speculative_tokens=script.num_speculative_tokens,
                 ),
                 priority=script.priority,
                 arrival_ms=arrival_ms,

@@ -10,7 +10,9 @@ from unittest.mock import patch
 
 import pytest
 from stepwire.executor.v1 import executor_pb2 as pb
+from stepwire_scheduler import drafting
 from stepwire_scheduler.block_pool import BlockPool
+from stepwire_scheduler.block_table import BlockTables
 from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream
 from stepwire_scheduler.executor_groups import ExecutorGroups
 from stepwire_scheduler.plan import SequenceUpdate, StepOutcome
@@ -267,6 +269,41 @@ def resume_one_event_late(mutate: pytest.MonkeyPatch) -> None:
     mutate.setattr(RequestStream, "attach", late)
 
 
+def keep_the_blocks_of_rejected_drafts(mutate: pytest.MonkeyPatch) -> None:
+    mutate.setattr(BlockTables, "cut", lambda tables, sequence: None)
+
+
+def count_accepted_drafts_as_not_computed(mutate: pytest.MonkeyPatch) -> None:
+    register = BlockTables.register
+
+    def forgetful(tables: BlockTables, sequence: Sequence) -> None:
+        register(tables, sequence)
+        sequence.num_computed_tokens = min(
+            sequence.num_computed_tokens, len(sequence.token_ids) - 2
+        )
+
+    mutate.setattr(BlockTables, "register", forgetful)
+
+
+def deliver_tokens_behind_the_end(mutate: pytest.MonkeyPatch) -> None:
+    def keep(token_ids: list[int], stop_token_ids: frozenset[int]) -> int | None:
+        return next((token for token in token_ids if token in stop_token_ids), None)
+
+    mutate.setattr(drafting, "_cut_behind_stop", keep)
+
+
+def plan_on_before_drafts_are_verified(mutate: pytest.MonkeyPatch) -> None:
+    never = property(lambda _: False, lambda *_: None)
+    mutate.setattr(drafting.Drafting, "is_inflight", never, raising=False)
+
+
+def draft_for_the_place_of_a_pending_token(mutate: pytest.MonkeyPatch) -> None:
+    def propose(self: drafting.Drafting, sequences: Any, num_tokens: int, budget: int) -> Any:
+        return self._speculator.propose(sequences, num_tokens=num_tokens, budget=budget)
+
+    mutate.setattr(drafting.Drafting, "_propose", propose)
+
+
 MUTANTS: tuple[Plant, ...] = (
     ignore_leases,
     lease_to_the_last_who_leaves,
@@ -293,4 +330,9 @@ MUTANTS: tuple[Plant, ...] = (
     wait_for_every_group_to_answer,
     never_end_what_nobody_reads,
     resume_one_event_late,
+    keep_the_blocks_of_rejected_drafts,
+    count_accepted_drafts_as_not_computed,
+    deliver_tokens_behind_the_end,
+    plan_on_before_drafts_are_verified,
+    draft_for_the_place_of_a_pending_token,
 )

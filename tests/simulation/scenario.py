@@ -26,6 +26,8 @@ FaultKind = Literal[
 Moment = Literal["time", "open", "plan", "admission", "result"]
 """At a time, or as a rank is about to open an epoch, to run a step, to run a step that admits,
 or to send a step's result."""
+Speculation = Literal["scheduler", "draft_model"]
+"""Who proposes drafts."""
 Reading = Literal["fast", "slow", "stalled"]
 Leaving = Literal["never", "cancel", "close"]
 
@@ -99,6 +101,7 @@ class ClientScript:
     """When its connection breaks, where it has a window, each time after so many more."""
     away_s: float
     """How long it then takes to come back."""
+    num_speculative_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,7 @@ class Scenario:
     """When each rank of each group starts."""
     faults: tuple[Fault, ...]
     clients: tuple[ClientScript, ...]
+    speculation: Speculation | None
 
     @property
     def only_drains(self) -> bool:
@@ -147,7 +151,7 @@ def draw_scenario(seed: int) -> Scenario:
     )
     start_s = tuple(rng.random() * 0.1 for _ in range(world_size))
     faults = tuple(_draw_fault(rng, world_size, offer) for _ in range(rng.randint(1, 4)))
-    clients = _draw_clients(rng, Random(f"{seed} resumes"))
+    clients = _draw_clients(rng, Random(f"{seed} resumes"), Random(f"{seed} drafts"))
     standby_offers = () if rng.random() < 0.7 else (rng.choice((offer, _draw_offer(rng))),)
     if standby_offers:
         addresses = tuple(f"rank:{world_size + rank}" for rank in range(world_size))
@@ -167,6 +171,7 @@ def draw_scenario(seed: int) -> Scenario:
         start_s=start_s,
         faults=faults,
         clients=clients,
+        speculation=Random(f"{seed} speculation").choice((None, "scheduler", "draft_model")),
     )
 
 
@@ -214,13 +219,15 @@ def _fault(rng: Random, kind: FaultKind, moment: Moment, rank: int, offer: Offer
     )
 
 
-def _draw_clients(rng: Random, resume_rng: Random) -> tuple[ClientScript, ...]:
+def _draw_clients(rng: Random, resume_rng: Random, draft_rng: Random) -> tuple[ClientScript, ...]:
     prefixes = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(6)) for _ in range(2)]
     is_flood = rng.random() < 0.15
     num_clients = rng.randint(10, 16) if is_flood else rng.randint(3, 9)
     flood_s = rng.random() * DURATION_S
     return tuple(
-        _draw_client(rng, resume_rng, f"r{index}", prefixes, flood_s if is_flood else None)
+        _draw_client(
+            rng, resume_rng, draft_rng, f"r{index}", prefixes, flood_s if is_flood else None
+        )
         for index in range(num_clients)
     )
 
@@ -228,11 +235,12 @@ def _draw_clients(rng: Random, resume_rng: Random) -> tuple[ClientScript, ...]:
 def _draw_client(
     rng: Random,
     resume_rng: Random,
+    draft_rng: Random,
     request_id: str,
     prefixes: list[tuple[int, ...]],
     at_s: float | None,
 ) -> ClientScript:
-    """resume_rng: of what resumes, so that the rest of a seed's run is drawn as it was before."""
+    """resume_rng, draft_rng: so that the rest of a seed's run is drawn as it was before."""
     prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 8)))
     if rng.random() < 0.5:
         prompt = rng.choice(prefixes) + prompt[: rng.randint(1, 4)]
@@ -257,6 +265,7 @@ def _draw_client(
         resume_window_s=resume_rng.choice((0.0, 0.0, 0.15)),
         drops_after_tokens=resume_rng.randint(0, 6),
         away_s=resume_rng.choice((0.0, 0.02, 0.05, 0.4)),
+        num_speculative_tokens=draft_rng.choice((None, None, None, 0, 2)),
     )
 
 

@@ -27,9 +27,13 @@ def test_the_seeds_reach_what_they_are_about() -> None:
     worlds = [simulate(seed) for seed in range(60)]
     sequences = [sequence for world in worlds for sequence in world.sequences]
     assert {sequence.finish_reason for sequence in sequences} == set(FinishReason)
-    for name in ("num_preemptions", "num_resumes", "num_cached_tokens", "index"):
+    for name in (
+        *("num_preemptions", "num_resumes", "num_cached_tokens", "index"),
+        *("num_draft_tokens", "num_accepted_tokens"),
+    ):
         assert sum(getattr(sequence, name) > 0 for sequence in sequences) > 5, name
     assert {world.scenario.world_size for world in worlds} == {1, 2, 3}
+    assert len({world.scenario.speculation for world in worlds}) == 3
     assert any(world.poisoned for world in worlds)
     assert any(world.failed_request_ids for world in worlds)
     assert sum(world.num_handovers > 0 for world in worlds) > 5

@@ -21,11 +21,12 @@ from stepwire_scheduler.step_loop import StepLoop
 
 from tests.simulation.checked_planner import CheckedPlanner
 from tests.simulation.client import SimulatedClient
-from tests.simulation.pages import VOCAB_SIZE
+from tests.simulation.pages import VOCAB_SIZE, true_continuation
 from tests.simulation.rank import Rank
 from tests.simulation.scenario import DURATION_S, Fault, Scenario, draw_scenario
 from tests.simulation.transport import Channel
 from tests.simulation.virtual_loop import DeadlockError, VirtualLoop
+from tests.support.scripted_speculator import DraftModelSpeculator, ScriptedSpeculator
 
 MAX_DRAIN_S = 20.0
 """Virtual time in which everything ends once faults have stopped."""
@@ -187,7 +188,7 @@ class World:
             else:
                 for rank in self.ranks if fault.kind == "swallow" else [self.ranks[fault.rank]]:
                     rank.arm(fault)
-        self.step_loop = StepLoop(scenario.config, _METRICS)
+        self.step_loop = StepLoop(scenario.config, _METRICS, make_speculator=self.make_speculator)
         self.step_loop.set_tokenizer(_Letters())
         serving = asyncio.create_task(self.step_loop.run())
         clients = [
@@ -273,11 +274,26 @@ class World:
             num_open = sum(not call.is_closed for call in rank.calls)
             self.require(num_open <= 1, f"rank {rank.index} has {num_open} open calls")
 
-    def make_planner(self, config: PlannerConfig, prefix_key: bytes) -> CheckedPlanner:
+    def make_planner(
+        self, config: PlannerConfig, prefix_key: bytes, speculator: ScriptedSpeculator | None
+    ) -> CheckedPlanner:
         """Stands in for Planner."""
         del prefix_key
-        self._planner = CheckedPlanner(self, config)
+        self._planner = CheckedPlanner(self, config, speculator)
         return self._planner
+
+    def make_speculator(self, *_settings: object) -> ScriptedSpeculator | None:
+        """Stands in for what the scheduler speculates with."""
+        if self.scenario.speculation is None:
+            return None
+        is_scheduler = self.scenario.speculation == "scheduler"
+        make = ScriptedSpeculator if is_scheduler else DraftModelSpeculator
+        return make(
+            true_continuation,
+            vocab_size=VOCAB_SIZE,
+            seed=self.scenario.seed,
+            is_first=self._planner is None,
+        )
 
     def make_channel(self, address: str, **_options: Any) -> Channel:
         """Stands in for grpc.aio.insecure_channel."""

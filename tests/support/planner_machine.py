@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from typing import ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,7 +18,7 @@ from stepwire_scheduler.sequence import (
     SequenceStatus,
 )
 from support.scripted_speculator import DraftModelSpeculator, ScriptedSpeculator
-from support.simulated_executor import SimulatedExecutor, hashed_draft, hashed_sample
+from support.simulated_executor import SimulatedExecutor, hashed_draft, hashed_sample, truth_of
 
 VOCAB_SIZE = 3  # small, so that prefixes collide and end-of-sequence comes often
 EOS = 2
@@ -26,6 +27,8 @@ TENANTS = ("", "other")
 
 class PlannerMachine(RuleBasedStateMachine):
     """Requests, cancels, deadlines, lost executors and late results in any order."""
+
+    is_speculating: ClassVar[bool] = False
 
     @initialize(
         num_blocks=st.integers(3, 12),
@@ -36,7 +39,7 @@ class PlannerMachine(RuleBasedStateMachine):
         max_inflight_steps=st.integers(1, 3),
         policy=st.sampled_from(["fcfs", "priority"]),
         enable_prefix_caching=st.booleans(),
-        speculation=st.sampled_from([None, ScriptedSpeculator, DraftModelSpeculator]),
+        has_draft_model=st.booleans(),
         speculation_seed=st.integers(0, 99),
     )
     def start(
@@ -49,7 +52,7 @@ class PlannerMachine(RuleBasedStateMachine):
         max_inflight_steps: int,
         policy: str,
         enable_prefix_caching: bool,
-        speculation: type[ScriptedSpeculator] | None,
+        has_draft_model: bool,
         speculation_seed: int,
     ) -> None:
         self.config = PlannerConfig(
@@ -63,12 +66,15 @@ class PlannerMachine(RuleBasedStateMachine):
             enable_prefix_caching=enable_prefix_caching,
             eos_token_ids=frozenset({EOS}),
             max_resumes=2,
-            has_draft_model=speculation is DraftModelSpeculator,
+            has_draft_model=has_draft_model,
         )
         self.sample = hashed_sample(VOCAB_SIZE)
         self.speculator: ScriptedSpeculator | None = None
-        if speculation is not None:
-            self.speculator = speculation(self._truth, vocab_size=VOCAB_SIZE, seed=speculation_seed)
+        if self.is_speculating:
+            speculate = DraftModelSpeculator if has_draft_model else ScriptedSpeculator
+            self.speculator = speculate(
+                truth_of(self.sample), vocab_size=VOCAB_SIZE, seed=speculation_seed
+            )
         self.planner = Planner(self.config, prefix_key=b"secret", speculator=self.speculator)
         self.now_ms = 0.0
         self.sequences: list[Sequence] = []
@@ -89,12 +95,6 @@ class PlannerMachine(RuleBasedStateMachine):
             self.speculator.reset_epoch()
         self.results.clear()
         self.touched: dict[int, set[int]] = {}
-
-    def _truth(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        tokens = list(sequence.token_ids)
-        for _ in range(num_tokens):
-            tokens.append(self.sample(tokens, sequence.index))
-        return tokens[len(sequence.token_ids) :]
 
     @rule(
         prompt=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12),
@@ -286,3 +286,9 @@ class PlannerMachine(RuleBasedStateMachine):
         assert self.planner.block_pool.num_free == self.config.num_blocks
         self.every_block_is_free_used_or_leased()
         self.tokens_are_those_of_an_undisturbed_run()
+
+
+class SpeculatingPlannerMachine(PlannerMachine):
+    """The same with drafts, from the scheduler or a draft model, right up to a random place."""
+
+    is_speculating = True

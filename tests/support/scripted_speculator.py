@@ -19,9 +19,27 @@ class Truth(Protocol):
 
 
 class ScriptedSpeculator:
-    """Drafts of random length, right up to a random place; now and then longer than is allowed."""
+    """Drafts of random length, right up to a random place; now and then longer than is allowed.
 
-    def __init__(self, truth: Truth, *, vocab_size: int, seed: object, max_drafts: int = 6) -> None:
+    It asserts what the planner owes a speculator, and that what was right was accepted.
+    """
+
+    def __init__(
+        self,
+        truth: Truth,
+        *,
+        vocab_size: int,
+        seed: object = 0,
+        max_drafts: int = 6,
+        is_always_right: bool = False,
+        is_first: bool = True,
+    ) -> None:
+        """is_always_right: every draft has max_drafts tokens, all of them right.
+
+        is_first: whether no sequence was begun with another speculator.
+        """
+        self._is_first = is_first
+        self._is_always_right = is_always_right
         self._truth = truth
         self._vocab_size = vocab_size
         self._rng = Random(str(seed))
@@ -47,10 +65,12 @@ class ScriptedSpeculator:
         assert num_known < sequence.max_num_tokens
         assert sequence.status is SequenceStatus.RUNNING
         self._num_right.pop(id(sequence), None)
-        if self._rng.random() < 0.3:
-            return []
-        num_drafts = self._rng.randint(1, self._max_drafts)
-        num_right = self._rng.randint(0, num_drafts)
+        num_drafts = num_right = self._max_drafts
+        if not self._is_always_right:
+            if self._rng.random() < 0.3:
+                return []
+            num_drafts = self._rng.randint(1, self._max_drafts)
+            num_right = self._rng.randint(0, num_drafts)
         self._num_right[id(sequence)] = num_right
         num_pending = sequence.num_pending_tokens
         draft = self._truth(sequence, num_pending + num_drafts)[num_pending:]
@@ -60,9 +80,12 @@ class ScriptedSpeculator:
 
     def observe(self, sequence: Sequence, *, num_drafted: int, num_accepted: int) -> None:
         assert sequence not in self._ended, "it has ended"
-        num_before = self._num_observed.get(id(sequence), sequence.num_prompt_tokens)
-        num_new = len(sequence.token_ids) - num_before
-        assert 1 <= num_new <= num_accepted + 1, "it misses tokens"
+        num_before = self._num_observed.get(id(sequence))
+        if num_before is None and self._is_first:
+            num_before = sequence.num_prompt_tokens
+        if num_before is not None:
+            num_new = len(sequence.token_ids) - num_before
+            assert 1 <= num_new <= num_accepted + 1, "it misses tokens"
         self._num_observed[id(sequence)] = len(sequence.token_ids)
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stepwire_scheduler.plan import StepOutcome, StepPlan
+from stepwire_scheduler.sequence import Sequence
 
 SampleFunction = Callable[[list[int], int], int]
 DraftFunction = Callable[[list[int], int, int], list[int]]
@@ -40,6 +41,18 @@ def hashed_draft(sample: SampleFunction, vocab_size: int) -> DraftFunction:
         return drafts
 
     return draft
+
+
+def truth_of(sample: SampleFunction) -> Callable[[Sequence, int], list[int]]:
+    """What an executor that samples so generates."""
+
+    def truth(sequence: Sequence, num_tokens: int) -> list[int]:
+        tokens = list(sequence.token_ids)
+        for _ in range(num_tokens):
+            tokens.append(sample(tokens, sequence.index))
+        return tokens[len(sequence.token_ids) :]
+
+    return truth
 
 
 @dataclass
