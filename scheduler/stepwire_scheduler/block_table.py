@@ -73,32 +73,31 @@ class BlockTables:
 
     def register_full_blocks(self, plan: StepPlan) -> None:
         """Tell the prefix cache of blocks that this step, now done, has filled."""
+        self._register(plan.filled, plan.step_id)
+
+    def register(self, sequence: Sequence, plan: StepPlan) -> None:
+        """The same of one sequence, once what came of its drafts is booked."""
+        self._register([(sequence, sequence.num_computed_tokens)], plan.step_id)
+
+    def _register(self, filled: list[tuple[Sequence, int]], step_id: int) -> None:
         if not self._enable_prefix_caching:
             return
-        for sequence, num_computed in plan.filled:
+        for sequence, num_computed in filled:
             num_full = num_computed // self._block_size
             if (
-                num_full > sequence.num_registered_blocks
-                and sequence.status is SequenceStatus.RUNNING
-                and sequence.admitted_step_id <= plan.step_id
+                num_full <= sequence.num_registered_blocks
+                or sequence.status is not SequenceStatus.RUNNING
+                or sequence.admitted_step_id > step_id
             ):
-                self._register(sequence, num_full)
-
-    def register(self, sequence: Sequence) -> None:
-        """Tell the prefix cache of blocks that a running sequence with no step in flight fills."""
-        num_full = sequence.num_computed_tokens // self._block_size
-        if self._enable_prefix_caching and num_full > sequence.num_registered_blocks:
-            self._register(sequence, num_full)
-
-    def _register(self, sequence: Sequence, num_full: int) -> None:
-        tenant = sequence.request.tenant
-        self._prefix_cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
-        for position in range(sequence.num_registered_blocks, num_full):
-            self._prefix_cache.register(
-                sequence.block_ids[position],
-                position,
-                sequence.block_hashes,
-                sequence.token_ids,
-                tenant,
-            )
-        sequence.num_registered_blocks = num_full
+                continue
+            tenant = sequence.request.tenant
+            self._prefix_cache.extend_hashes(sequence.block_hashes, sequence.token_ids, tenant)
+            for position in range(sequence.num_registered_blocks, num_full):
+                self._prefix_cache.register(
+                    sequence.block_ids[position],
+                    position,
+                    sequence.block_hashes,
+                    sequence.token_ids,
+                    tenant,
+                )
+            sequence.num_registered_blocks = num_full

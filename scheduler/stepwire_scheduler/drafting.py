@@ -108,7 +108,7 @@ class Drafting:
             # Decodes lead both lists, and no other work has drafts.
             if plan.work_num_drafts and plan.work_num_drafts[i]:
                 sequence.num_computed_tokens += len(token_ids) - 1
-                tables.register(sequence)
+                tables.register(sequence, plan)
                 tables.cut(sequence)
             speculator.observe(sequence, num_drafted=num_drafted, num_accepted=num_accepted)
             if stop_token_id is not None:

@@ -11,7 +11,7 @@ from stepwire_scheduler.sequence import Logprobs
 
 def serialize_plan(epoch: int, plan: StepPlan) -> bytes:
     """Encode a plan as an ExecuteRequest."""
-    return executor_pb2.ExecuteRequest(
+    message = executor_pb2.ExecuteRequest(
         step_plan=executor_pb2.StepPlan(
             epoch=epoch,
             step_id=plan.step_id,
@@ -21,10 +21,12 @@ def serialize_plan(epoch: int, plan: StepPlan) -> bytes:
             appended_block_ids=plan.appended_block_ids,
             work_slots=plan.work_slots,
             work_num_tokens=plan.work_num_tokens,
-            work_num_drafts=plan.work_num_drafts,
-            draft_token_ids=plan.draft_token_ids,
         )
-    ).SerializeToString()
+    )
+    if plan.work_num_drafts:
+        message.step_plan.work_num_drafts.extend(plan.work_num_drafts)
+        message.step_plan.draft_token_ids.extend(plan.draft_token_ids)
+    return message.SerializeToString()
 
 
 def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome:
@@ -35,10 +37,12 @@ def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome
     """
     failures = {failure.slot: failure.reason for failure in result.failures}
     # Slots as they were when the plan was made: a sequence may have left its slot since.
-    slot_of_work = dict(zip(map(id, plan.work_sequences), plan.work_slots, strict=True))
-    expected = [slot_of_work[id(sequence)] for sequence in plan.sampled_sequences]
+    expected = plan.work_slots
+    if len(plan.sampled_sequences) < len(expected):
+        slot_of_work = dict(zip(map(id, plan.work_sequences), plan.work_slots, strict=True))
+        expected = [slot_of_work[id(sequence)] for sequence in plan.sampled_sequences]
     sampled = list(result.sampled_slots)
-    if not failures.keys() <= set(plan.work_slots):
+    if failures and not failures.keys() <= set(plan.work_slots):
         raise _disagreement(plan, "failed slots that it was not given")
     if sampled != [slot for slot in expected if slot not in failures]:
         raise _disagreement(plan, "sampled other slots than it was asked to")
@@ -59,9 +63,9 @@ def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome
             busy_ms=busy_ms,
         )
     if (
-        any(count != 1 for count in result.num_sampled_tokens)
+        list(result.num_sampled_tokens) != [1] * len(sampled)
         or len(result.sampled_token_ids) != len(sampled)
-        or any(result.num_draft_tokens)
+        or result.num_draft_tokens
     ):
         raise _disagreement(plan, "sampled another number of tokens")
     token_ids = list(result.sampled_token_ids)

@@ -118,7 +118,8 @@ class Planner:
         """
         assert outcome.step_id == next(iter(self.inflight)), outcome.step_id
         plan = self.inflight.pop(outcome.step_id)
-        self._running.block_tables.register_full_blocks(plan)
+        tables = self._running.block_tables
+        tables.register_full_blocks(plan)
         updates: list[SequenceUpdate] = []
         if outcome.failures:
             by_slot = dict(zip(plan.work_slots, plan.work_sequences, strict=True))
@@ -131,18 +132,17 @@ class Planner:
             updates += self._drafting.book(plan, outcome, self.finish)
         else:
             self._book(plan, outcome, updates)
-        self.block_pool.acknowledge(outcome.step_id)
+        tables.pool.acknowledge(outcome.step_id)
         return updates
 
     def _book(self, plan: StepPlan, outcome: StepOutcome, updates: list[SequenceUpdate]) -> None:
         """Append the one token of each sequence that a step without drafts has sampled."""
-        assert len(outcome.sampled_token_ids) == len(plan.sampled_sequences)
-        logprobs = outcome.logprobs
-        for i, sequence in enumerate(plan.sampled_sequences):
+        logprobs, finished = outcome.logprobs, SequenceStatus.FINISHED
+        sampled = zip(plan.sampled_sequences, outcome.sampled_token_ids, strict=True)
+        for i, (sequence, token_id) in enumerate(sampled):
             sequence.num_pending_tokens -= 1
-            if sequence.status is SequenceStatus.FINISHED:
+            if sequence.status is finished:
                 continue
-            token_id = outcome.sampled_token_ids[i]
             sequence.token_ids.append(token_id)
             if token_id in sequence.stop_token_ids:
                 self.finish(sequence, FinishReason.STOP, stop_token_id=token_id)
@@ -224,6 +224,7 @@ class Planner:
         budget = self.config.max_num_batched_tokens
         prefills: list[Sequence] = []
         block_size = self.config.block_size
+        add_work = plan.add_work
         for sequence in tuple(self.running):
             num_known = len(sequence.token_ids) + sequence.num_pending_tokens
             num_computed = sequence.num_computed_tokens
@@ -240,7 +241,7 @@ class Planner:
                     or self._running.ensure_blocks(sequence, 1, plan)
                 )
             ):
-                plan.add_work(sequence, 1, block_size)
+                add_work(sequence, 1, block_size)
                 budget -= 1
         num_decodes = len(plan.work_slots)
         if num_decodes or self._is_recomputing(prefills):

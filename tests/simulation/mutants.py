@@ -15,7 +15,7 @@ from stepwire_scheduler.block_pool import BlockPool
 from stepwire_scheduler.block_table import BlockTables
 from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream
 from stepwire_scheduler.executor_groups import ExecutorGroups
-from stepwire_scheduler.plan import SequenceUpdate, StepOutcome
+from stepwire_scheduler.plan import SequenceUpdate, StepOutcome, StepPlan
 from stepwire_scheduler.planner import Planner
 from stepwire_scheduler.request_stream import RequestStream, StreamReader
 from stepwire_scheduler.running_requests import RunningRequests
@@ -276,8 +276,8 @@ def keep_the_blocks_of_rejected_drafts(mutate: pytest.MonkeyPatch) -> None:
 def count_accepted_drafts_as_not_computed(mutate: pytest.MonkeyPatch) -> None:
     register = BlockTables.register
 
-    def forgetful(tables: BlockTables, sequence: Sequence) -> None:
-        register(tables, sequence)
+    def forgetful(tables: BlockTables, sequence: Sequence, plan: StepPlan) -> None:
+        register(tables, sequence, plan)
         sequence.num_computed_tokens = min(
             sequence.num_computed_tokens, len(sequence.token_ids) - 2
         )

@@ -24,7 +24,7 @@ def test_a_seed_replays_to_the_letter(seed: int) -> None:
 
 
 def test_the_seeds_reach_what_they_are_about() -> None:
-    worlds = [simulate(seed) for seed in range(60)]
+    worlds = [simulate(seed) for seed in range(80)]
     sequences = [sequence for world in worlds for sequence in world.sequences]
     assert {sequence.finish_reason for sequence in sequences} == set(FinishReason)
     for name in (

@@ -364,8 +364,8 @@ def test_blocks_that_accepted_drafts_fill_are_shared_and_no_others() -> None:
 def test_registering_the_place_of_a_rejected_draft_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def register(tables: BlockTables, sequence: Sequence) -> None:
-        tables._register(sequence, len(sequence.token_ids) // tables._block_size)
+    def register(tables: BlockTables, sequence: Sequence, plan: StepPlan) -> None:
+        tables._register([(sequence, len(sequence.token_ids))], plan.step_id)
 
     monkeypatch.setattr(BlockTables, "register", register)
     with pytest.raises(AssertionError, match="another prompt's KV"):
