@@ -8,62 +8,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from stepwire.executor.v1.executor_pb2 import Admission, StepPlan
 
 from stepwire_executor.config import blocks_for
 from stepwire_executor.errors import PlanError
-
-Int64Array: TypeAlias = npt.NDArray[np.int64]
-Int32Array: TypeAlias = npt.NDArray[np.int32]
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepWork:
-    """The checked work list of one step."""
-
-    slots: Int64Array
-    """[num_seqs], distinct."""
-    starts: Int64Array
-    """[num_seqs], position of each sequence's first query token."""
-    ends: Int64Array
-    """[num_seqs], tokens of context including this step's."""
-    is_sampled: BoolArray
-    """[num_seqs], whether the work reaches the end of the tokens known."""
-    tenancies: Int64Array
-    """[num_seqs], tells the sequence from others that the slot holds before and after it."""
-
-    @property
-    def sampled_slots(self) -> Int64Array:
-        """Slots that sample a token, in the order of the work list."""
-        return self.slots[self.is_sampled]
-
-    @property
-    def num_tokens(self) -> int:
-        """Query tokens of the step."""
-        return int((self.ends - self.starts).sum())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AppliedPlan:
-    """What is left to do of a plan once the table has taken its delta."""
-
-    released_slots: Int64Array
-    """Slots whose sequence left; one of them may be among the admissions."""
-    admissions: tuple[Admission, ...]
-    """Sequences that joined, as the plan had them."""
-    copy_sources: Int64Array
-    """[num_copies] block ids."""
-    copy_targets: Int64Array
-    """[num_copies] block ids, distinct."""
-    table_places: Int64Array
-    """[num_entries], slot * max_blocks_per_seq + index of each new entry of the block table."""
-    work: StepWork
+from stepwire_executor.step_work import (
+    AppliedPlan,
+    BoolArray,
+    Int32Array,
+    Int64Array,
+    StepWork,
+)
 
 
 class SlotTable:
@@ -127,26 +84,55 @@ class SlotTable:
         )
 
     def advance(self, work: StepWork) -> None:
-        """Count what a launched step computes and samples, before its tokens are known."""
-        self.num_computed_tokens[work.slots] = work.ends
+        """Count what a launched step computes and samples, before its tokens are known.
+
+        Accepted drafts are counted by `settle`.
+        """
+        self.num_computed_tokens[work.slots] = work.known_ends
         self.num_tokens[work.sampled_slots] += 1
 
+    def settle(self, work: StepWork, num_accepted: Int64Array) -> None:
+        """Count the drafts that were accepted, before any further plan is applied.
+
+        num_accepted: one for each sampled slot of work. The block table of a slot for which the
+        plan had drafts is cut to the blocks that its tokens need.
+        """
+        slots, rows = work.sampled_slots, work.is_sampled
+        is_cut = (work.num_planned_drafts[rows] > 0) & (
+            self.tenancies[slots] == work.tenancies[rows]
+        )
+        slots = slots[is_cut]
+        self.num_computed_tokens[slots] += num_accepted[is_cut]
+        self.num_tokens[slots] += num_accepted[is_cut]
+        for slot in slots.tolist():
+            num_blocks = blocks_for(int(self.num_tokens[slot]), self.block_size)
+            if num_blocks < self.num_table_blocks[slot]:
+                self.block_table[slot, num_blocks:] = -1
+                self.num_table_blocks[slot] = num_blocks
+
     def book(
-        self, work: StepWork, sampled_token_ids: Int64Array, is_finite: BoolArray
+        self,
+        work: StepWork,
+        sampled_token_ids: Int64Array,
+        is_finite: BoolArray,
+        num_accepted: Int64Array,
     ) -> BoolArray:
         """Take the tokens of a step that has run; later steps may have been launched.
 
-        sampled_token_ids, is_finite: one for each sampled row of work. A row that is not finite
-        fails its slot, which samples nothing more until it is released. Returns which rows are
-        valid: finite, and of a slot that had not failed.
+        sampled_token_ids, is_finite: one for each row of work. num_accepted: one for each
+        sampled slot. Where the last row that is kept is not finite, the slot fails and samples
+        nothing more until it is released. Returns which sampled slots are valid: finite, and
+        not failed before.
         """
-        slots, rows = work.sampled_slots, work.is_sampled
-        # The slot may hold another sequence by now, which the token is none of.
-        is_held = self.tenancies[slots] == work.tenancies[rows]
+        slots, is_sampled = work.sampled_slots, work.is_sampled
+        rows = work.rows()
+        is_finite = is_finite[rows.first_rows + num_accepted]
+        # The slot may hold another sequence by now, which the tokens are none of.
+        is_held = self.tenancies[slots] == work.tenancies[is_sampled]
         is_valid: BoolArray = is_finite & ~(self.is_failed[slots] & is_held)
         self.is_failed[slots[~is_finite & is_held]] = True
-        kept = is_valid & is_held
-        self.token_ids[slots[kept], work.ends[rows][kept]] = sampled_token_ids[kept]
+        kept = rows.kept(num_accepted) & np.repeat(is_valid & is_held, rows.num_rows)
+        self.token_ids[rows.slots[kept], rows.positions[kept]] = sampled_token_ids[kept]
         return is_valid
 
     def checksum(self) -> int:
@@ -236,29 +222,42 @@ class SlotTable:
         return sources, targets
 
     def _checked_work(self, plan: StepPlan) -> StepWork:
-        if plan.work_num_drafts or plan.draft_token_ids:
-            # Verification joins here: drafts become query tokens after the last known one.
-            raise PlanError("draft tokens are not supported by this executor: plan without drafts")
         slots = self._checked_slots(plan.work_slots, "work_slots")
         num_tokens = _array(plan.work_num_tokens)
         if slots.size != num_tokens.size:
             raise PlanError("work_slots and work_num_tokens differ in length")
         if slots.size and num_tokens.min() == 0:
             raise PlanError("work_num_tokens: 0 tokens is no work")
-        if num_tokens.sum() > self.max_num_batched_tokens:
+        num_drafts, draft_token_ids = self._checked_drafts(plan)
+        num_queries = int(num_tokens.sum() + num_drafts.sum())
+        if num_queries > self.max_num_batched_tokens:
             raise PlanError(
-                f"work_num_tokens: {num_tokens.sum()} tokens are more than the budget of "
+                f"work_num_tokens: {num_queries} tokens are more than the budget of "
                 f"{self.max_num_batched_tokens}"
             )
         starts = self.num_computed_tokens[slots]
-        ends = starts + num_tokens
+        known_ends = starts + num_tokens
         known = self.num_tokens[slots]
         limits = np.minimum(known, self.max_model_len)
-        if (ends > limits).any():
-            row = int(np.argmax(ends > limits))
+        if (known_ends > limits).any():
+            row = int(np.argmax(known_ends > limits))
             raise PlanError(
                 f"work_num_tokens: slot {slots[row]} has {limits[row] - starts[row]} tokens to "
                 f"compute, not {num_tokens[row]}"
+            )
+        is_sampled = known_ends == known
+        is_early = (num_drafts > 0) & ~is_sampled
+        if is_early.any():
+            raise PlanError(
+                f"work_num_drafts: slot {slots[np.argmax(is_early)]} has drafts, but its work "
+                "does not reach its last token"
+            )
+        ends = known_ends + num_drafts
+        if (ends > self.max_model_len).any():
+            row = int(np.argmax(ends > self.max_model_len))
+            raise PlanError(
+                f"work_num_drafts: slot {slots[row]} has room for "
+                f"{self.max_model_len - known[row]} drafts, not {num_drafts[row]}"
             )
         missing = ends > self.num_table_blocks[slots] * self.block_size
         if missing.any():
@@ -270,10 +269,35 @@ class SlotTable:
         return StepWork(
             slots=slots,
             starts=starts,
-            ends=ends,
-            is_sampled=ends == known,
+            known_ends=known_ends,
+            is_sampled=is_sampled,
             tenancies=self.tenancies[slots],
+            num_drafts=num_drafts,
+            num_planned_drafts=num_drafts,
+            draft_token_ids=draft_token_ids,
         )
+
+    def _checked_drafts(self, plan: StepPlan) -> tuple[Int64Array, Int64Array]:
+        """Drafts of each sequence of the work list, [num_seqs], and those that are named."""
+        token_ids = _array(plan.draft_token_ids)
+        if not plan.work_num_drafts:
+            if token_ids.size:
+                raise PlanError("draft_token_ids: work_num_drafts does not say whose they are")
+            return np.zeros(len(plan.work_slots), np.int64), token_ids
+        num_drafts = _array(plan.work_num_drafts)
+        if num_drafts.size != len(plan.work_slots):
+            raise PlanError("work_slots and work_num_drafts differ in length")
+        if token_ids.size and token_ids.size != num_drafts.sum():
+            raise PlanError(
+                f"draft_token_ids has {token_ids.size} tokens, where work_num_drafts counts "
+                f"{num_drafts.sum()}"
+            )
+        if token_ids.size and token_ids.max() >= self.vocab_size:
+            raise PlanError(
+                f"draft_token_ids: token id {token_ids.max()} is beyond the vocabulary of "
+                f"{self.vocab_size}"
+            )
+        return num_drafts, token_ids
 
     def _checked_slots(self, values: Iterable[int], name: str) -> Int64Array:
         slots = _array(values)

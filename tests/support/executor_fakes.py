@@ -65,16 +65,15 @@ class PagedEchoDecoder:
         pages = cache.layers[0].key
         is_stored = batch.slot_mapping >= 0
         pages.view(-1)[batch.slot_mapping[is_stored]] = batch.token_ids[is_stored].to(pages.dtype)
-        ends = (batch.cu_seqlens_q[1:] - 1).tolist()
+        ends = batch.cu_seqlens_q[1:]
         logits = torch.full((len(batch.logit_rows), VOCAB_SIZE), -10.0)
-        for row, last in enumerate(batch.logit_rows.tolist()):
-            if last not in ends:
+        for row, query in enumerate(batch.logit_rows.tolist()):
+            index = int(torch.searchsorted(ends, query, right=True))
+            if index == len(ends) or batch.seq_lens[index] == 0:
                 continue  # padding
-            index = ends.index(last)
-            length = int(batch.seq_lens[index])
-            if length == 0:
-                continue  # padding
-            assert int(batch.positions[last]) == length - 1
+            # Rows further on belong to drafts behind this one.
+            length = int(batch.seq_lens[index]) - (int(ends[index]) - 1 - query)
+            assert int(batch.positions[query]) == length - 1
             tokens = pages[batch.block_table[index].clamp(min=0).long()].view(-1)[:length]
             ids = [int(token) for token in tokens]
             logits[row, expected_token(ids)] = 10.0
@@ -231,8 +230,11 @@ def step(
     released: list[int] | None = None,
     appended: list[tuple[int, int]] | None = None,
     copies: list[tuple[int, int]] | None = None,
+    drafts: dict[int, list[int]] | None = None,
 ) -> StepPlan:
     work = work or {}
+    drafts = drafts or {}
+    assert set(drafts) <= set(work)
     return StepPlan(
         epoch=epoch,
         step_id=step_id,
@@ -244,4 +246,6 @@ def step(
         copy_target_block_ids=[target for _, target in copies or []],
         work_slots=list(work),
         work_num_tokens=list(work.values()),
+        work_num_drafts=[len(drafts.get(slot, [])) for slot in work] if drafts else [],
+        draft_token_ids=[token for slot in work for token in drafts.get(slot, [])],
     )

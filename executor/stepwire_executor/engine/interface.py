@@ -12,7 +12,8 @@ from torch import Tensor
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kv_cache import KVCache
 from stepwire_executor.sampling.logprobs import RowLogprobs
-from stepwire_executor.slots import AppliedPlan, BoolArray, Int64Array, SlotTable
+from stepwire_executor.slots import SlotTable
+from stepwire_executor.step_work import AppliedPlan, BoolArray, Int64Array, StepWork
 
 
 class Decoder(Protocol):
@@ -51,19 +52,27 @@ def _no_flags() -> BoolArray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledRows:
-    """What a step made, one row for each sequence that reached the end of its known tokens."""
+    """What a step made: a row behind each sequence's last token and behind each draft."""
 
     token_ids: Int64Array = field(default_factory=_no_rows)
     """[num_rows]."""
     is_finite: BoolArray = field(default_factory=_no_flags)
     """[num_rows]; where False no token could be sampled."""
+    num_accepted: Int64Array = field(default_factory=_no_rows)
+    """[num_sampled], drafts of each sequence; its tokens are those of its first num_accepted + 1
+    rows."""
     logprobs: Mapping[int, RowLogprobs] = field(default_factory=dict)
-    """Of the rows that asked."""
+    """Of the rows that asked and that are kept."""
     times: StepTimes = StepTimes()
 
 
 class LaunchedStep(Protocol):
     """Work that was handed to what computes, and may still run."""
+
+    @property
+    def work(self) -> StepWork:
+        """The plan's work with the drafts that are verified."""
+        ...
 
     @property
     def is_done(self) -> bool:
@@ -93,8 +102,10 @@ class StepEngine(Protocol):
     def launch(self, applied: AppliedPlan, slots: SlotTable) -> LaunchedStep:
         """Take a plan's changes and start its work.
 
-        slots: as the plan left it, before the work is counted. Raises PlanError for sampling
-        parameters out of range and for work that writes one place twice; the engine is then
-        only fit for clear().
+        slots: as the plan left it, before the work is counted. Where the plan has drafts, no
+        further plan is launched before the accepted ones are counted; where it leaves them to a
+        draft model, every earlier step is booked. Raises PlanError for sampling parameters out of
+        range, for work that writes one place twice and for drafts that nobody proposes; the
+        engine is then only fit for clear().
         """
         ...

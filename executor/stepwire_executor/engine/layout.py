@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepwire_executor.errors import PlanError
-from stepwire_executor.slots import Int64Array, SlotTable, StepWork
+from stepwire_executor.slots import SlotTable
+from stepwire_executor.step_work import Int64Array, SampledRowPlaces, StepWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,32 +23,42 @@ class StepLayout:
     """[num_tokens], where each token's KV goes: block_id * block_size + offset."""
     cu_seqlens_q: Int64Array
     """[num_seqs + 1]."""
+    rows: SampledRowPlaces
+    """Whose logits are wanted."""
     logit_rows: Int64Array
-    """[num_sampled], the last query row of each sequence that samples."""
+    """[num_rows], the query row of the token that each of rows stands behind."""
+    draft_rows: Int64Array
+    """[num_drafts], the query rows of drafts, in the order of the work list."""
     max_query_len: int
     """Most query tokens of a sequence."""
 
 
 def lay_out(slots: SlotTable, work: StepWork) -> StepLayout:
-    """Lay out a step's work, which must not be empty.
+    """Lay out a step's work, which must not be empty, with the drafts that it has now.
 
     Raises PlanError where two tokens of the step would be stored in one place.
     """
-    lengths = work.ends - work.starts
+    ends = work.ends
+    lengths = ends - work.starts
     cu_seqlens_q = np.zeros(lengths.size + 1, np.int64)
     np.cumsum(lengths, out=cu_seqlens_q[1:])
-    rows = np.repeat(work.slots, lengths)
+    token_slots = np.repeat(work.slots, lengths)
     positions = np.arange(cu_seqlens_q[-1]) - np.repeat(cu_seqlens_q[:-1] - work.starts, lengths)
     block_size = slots.block_size
-    block_ids = slots.block_table[rows, positions // block_size].astype(np.int64)
+    block_ids = slots.block_table[token_slots, positions // block_size].astype(np.int64)
     slot_mapping = block_ids * block_size + positions % block_size
     if np.unique(slot_mapping).size != slot_mapping.size:
         raise PlanError("work_slots: two tokens of the step have the same place in the KV cache")
+    rows = work.rows()
+    last_rows = cu_seqlens_q[1:][work.is_sampled] - 1
+    logit_rows = np.repeat(last_rows - (rows.num_rows - 1), rows.num_rows) + rows.num_drafts_before
     return StepLayout(
-        slots=rows,
+        slots=token_slots,
         positions=positions,
         slot_mapping=slot_mapping,
         cu_seqlens_q=cu_seqlens_q,
-        logit_rows=cu_seqlens_q[1:][work.is_sampled] - 1,
+        rows=rows,
+        logit_rows=logit_rows,
+        draft_rows=logit_rows[rows.num_drafts_before > 0],
         max_query_len=int(lengths.max()),
     )

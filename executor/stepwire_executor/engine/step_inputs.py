@@ -16,7 +16,8 @@ from torch import Tensor
 
 from stepwire_executor.engine.device_queue import DeviceQueue
 from stepwire_executor.engine.layout import StepLayout
-from stepwire_executor.slots import Int64Array, SlotTable, StepWork
+from stepwire_executor.slots import SlotTable
+from stepwire_executor.step_work import Int64Array, StepWork
 
 StepValues: TypeAlias = Mapping[str, tuple[Int64Array, int]]
 """For each of StepArrays: its values, and what pads them."""
@@ -31,7 +32,7 @@ class StepShape:
     num_tokens: int
     num_seqs: int
     num_rows: int
-    """Rows that sample."""
+    """Rows that are sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,8 @@ class StepArrays:
     """Views of one block of bytes."""
 
     token_ids: Tensor
-    """[num_tokens] int64; -1 - slot stands for the token that the slot sampled last."""
+    """[num_tokens] int64; -1 - slot stands for the token that the slot sampled last. Drafts are
+    put in their places later."""
     positions: Tensor
     """[num_tokens] int64."""
     slot_mapping: Tensor
@@ -49,7 +51,7 @@ class StepArrays:
     logit_rows: Tensor
     """[num_rows] int64."""
     sampled_slots: Tensor
-    """[num_rows] int64; max_num_seqs for padding."""
+    """[num_rows] int64, once for each row of a slot; max_num_seqs for padding."""
     sampled_positions: Tensor
     """[num_rows] int64, place in its sequence of the token to sample."""
     cu_seqlens_q: Tensor
@@ -110,7 +112,9 @@ def step_values(layout: StepLayout, work: StepWork, slots: SlotTable) -> StepVal
     """The values of StepArrays for a step."""
     padding_slot = slots.max_num_seqs
     token_ids = slots.token_ids[layout.slots, layout.positions].astype(np.int64)
+    token_ids[layout.draft_rows] = 0
     is_sampled_here = layout.positions >= slots.num_admitted_tokens[layout.slots]
+    is_sampled_here[layout.draft_rows] = False
     token_ids[is_sampled_here] = -1 - layout.slots[is_sampled_here]
     return {
         "token_ids": (token_ids, 0),
@@ -118,8 +122,8 @@ def step_values(layout: StepLayout, work: StepWork, slots: SlotTable) -> StepVal
         "slot_mapping": (layout.slot_mapping, -1),
         "slots": (work.slots, padding_slot),
         "logit_rows": (layout.logit_rows, 0),
-        "sampled_slots": (work.sampled_slots, padding_slot),
-        "sampled_positions": (work.ends[work.is_sampled], 0),
+        "sampled_slots": (layout.rows.slots, padding_slot),
+        "sampled_positions": (layout.rows.positions, 0),
         "cu_seqlens_q": (layout.cu_seqlens_q, int(layout.cu_seqlens_q[-1])),
         "seq_lens": (work.ends, 0),
     }

@@ -13,7 +13,8 @@ from torch import Tensor
 from stepwire_executor.engine.device_queue import DeviceQueue
 from stepwire_executor.kernels.interface import SamplingBatch
 from stepwire_executor.sampling.checks import check_sampling_params, is_penalised
-from stepwire_executor.slots import Int64Array, SlotTable
+from stepwire_executor.slots import SlotTable
+from stepwire_executor.step_work import Int64Array
 
 _IS_PROMPT = 1 << 30
 """Bit of a token's count that says that the prompt has it."""
@@ -31,6 +32,16 @@ class _Cells:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _CountedDrafts:
+    """Drafts that count as generated where rows that stand behind them are penalised."""
+
+    rows: Tensor
+    """[num_counted] int64, places in penalised_rows."""
+    places: Tensor
+    """[num_counted] int64, places in the step's drafts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialRows:
     """What a step's sampling needs beside the parameters of every row; tensors of the device."""
 
@@ -41,6 +52,8 @@ class SpecialRows:
     """[num_penalised] int64."""
     penalised_slots: Tensor | None
     """[num_penalised] int64."""
+    counted_drafts: _CountedDrafts | None
+    """Drafts that stand before penalised rows."""
     suppressed: _Cells | None
     logprob_rows: Tensor | None
     """[num_wanted] int64, rows that want log-probabilities."""
@@ -125,10 +138,18 @@ class DeviceSampling:
             streams=streams,
         )
 
-    def special_rows(self, slots: Int64Array, num_generated: Int64Array) -> SpecialRows | None:
+    def special_rows(
+        self,
+        slots: Int64Array,
+        num_generated: Int64Array,
+        draft_starts: Int64Array,
+        num_drafts_before: Int64Array,
+    ) -> SpecialRows | None:
         """What the rows of a step need beside parameters; None where none needs anything.
 
-        slots, num_generated: [num_rows], tokens generated before the one to sample.
+        slots, num_generated: [num_rows], tokens generated before the one to sample, drafts that
+        stand before it included. draft_starts, num_drafts_before: [num_rows], where in the
+        step's drafts those are.
         """
         wanted = np.flatnonzero(self._num_logprobs[slots] >= 0)
         penalised = np.flatnonzero(self._is_penalised[slots])
@@ -147,6 +168,9 @@ class DeviceSampling:
             bias_values=upload(np.concatenate([v for _, v in biases])) if biases else None,
             penalised_rows=upload(penalised) if penalised.size else None,
             penalised_slots=upload(slots[penalised]) if penalised.size else None,
+            counted_drafts=self._counted_drafts(
+                draft_starts[penalised], num_drafts_before[penalised]
+            ),
             suppressed=self._cells(
                 suppressed, [self._suppressed[int(slots[row])][0] for row in suppressed]
             ),
@@ -155,25 +179,36 @@ class DeviceSampling:
             num_top=tuple(self._num_logprobs[slots[wanted]].tolist()),
         )
 
-    def adjust(self, logits: Tensor, special: SpecialRows) -> None:
-        """Change logits, [num_rows, vocab_size] float32, as sampling.adjustments defines it."""
+    def adjust(self, logits: Tensor, special: SpecialRows, drafts: Tensor | None) -> None:
+        """Change logits, [num_rows, vocab_size] float32, as sampling.adjustments defines it.
+
+        drafts: the step's, [num_drafts] int64; None: there are none.
+        """
         if special.bias is not None and special.bias_values is not None:
             cells = (special.bias.rows, special.bias.token_ids)
             logits[cells] += special.bias_values
         if special.penalised_rows is not None and special.penalised_slots is not None:
-            self._penalise(logits, special.penalised_rows, special.penalised_slots)
+            counts = self._counts.index_select(0, special.penalised_slots)
+            if special.counted_drafts is not None and drafts is not None:
+                places = special.counted_drafts.rows, drafts[special.counted_drafts.places]
+                counts.index_put_(places, counts.new_ones(()), accumulate=True)
+            self._penalise(logits, special.penalised_rows, special.penalised_slots, counts)
         if special.suppressed is not None:
             logits[special.suppressed.rows, special.suppressed.token_ids] = -torch.inf
 
-    def count(self, token_ids: Tensor, special: SpecialRows) -> None:
-        """Count the tokens of penalised rows; token_ids: [num_rows] int64."""
+    def count(self, token_ids: Tensor, special: SpecialRows, is_kept: Tensor | None) -> None:
+        """Count the tokens of penalised rows; token_ids: [num_rows] int64.
+
+        is_kept: [num_rows] bool, which of them stay; None: all do.
+        """
         if special.penalised_rows is not None and special.penalised_slots is not None:
             cells = special.penalised_slots * self._vocab_size + token_ids[special.penalised_rows]
             ones = torch.ones_like(cells, dtype=torch.int32)
+            if is_kept is not None:
+                ones = is_kept[special.penalised_rows].int()
             self._counts.view(-1).index_add_(0, cells, ones)
 
-    def _penalise(self, logits: Tensor, rows: Tensor, slots: Tensor) -> None:
-        counts = self._counts.index_select(0, slots)
+    def _penalise(self, logits: Tensor, rows: Tensor, slots: Tensor, counts: Tensor) -> None:
         generated = (counts & _COUNT).float()
         repetition, presence, frequency = self._penalties.index_select(1, slots).unsqueeze(2)
         values = logits.index_select(0, rows)
@@ -211,6 +246,20 @@ class DeviceSampling:
             counts.index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
             prompt = self._queue.upload(np.unique(token_ids[:num_prompt]))
             counts.index_add_(0, prompt, torch.full_like(prompt, _IS_PROMPT, dtype=torch.int32))
+
+    def _counted_drafts(
+        self, draft_starts: Int64Array, num_drafts_before: Int64Array
+    ) -> _CountedDrafts | None:
+        num_drafts = int(num_drafts_before.sum())
+        if num_drafts == 0:
+            return None
+        ends = np.cumsum(num_drafts_before)
+        starts = np.repeat(draft_starts - (ends - num_drafts_before), num_drafts_before)
+        rows = np.repeat(np.arange(num_drafts_before.size), num_drafts_before)
+        return _CountedDrafts(
+            rows=self._queue.upload(rows),
+            places=self._queue.upload(np.arange(num_drafts) + starts),
+        )
 
     def _cells(self, rows: Sequence[int], token_ids: Sequence[Int64Array]) -> _Cells | None:
         if not rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from stepwire_executor.kernels.interface import SamplingBatch
 from stepwire_executor.sampling.adjustments import RowAdjustments
 from stepwire_executor.sampling.checks import check_sampling_params, is_penalised
-from stepwire_executor.slots import Int64Array
+from stepwire_executor.step_work import Int64Array
 
 NO_LOGPROBS = -1
 
@@ -31,6 +31,20 @@ class TokenCounts:
         self._ids[: distinct.size] = distinct
         self._counts[: distinct.size] = generated
         self._row_of = {token_id: row for row, token_id in enumerate(distinct.tolist())}
+
+    def with_drafts(self, drafts: Int64Array) -> tuple[Tensor, Tensor]:
+        """seen_token_ids and output_counts as if drafts, [num_drafts], had been generated too."""
+        if not drafts.size:
+            return self.seen_token_ids, self.output_counts
+        distinct, generated = np.unique(drafts, return_counts=True)
+        rows = np.array([self._row_of.get(token_id, -1) for token_id in distinct.tolist()])
+        is_new = rows < 0
+        ids = np.concatenate((self._ids[: self._num_seen], distinct[is_new]))
+        counts = np.zeros(ids.size, np.float32)
+        counts[: self._num_seen] = self._counts[: self._num_seen]
+        counts[self._num_seen :] = generated[is_new]
+        counts[rows[~is_new]] += generated[~is_new].astype(np.float32)
+        return torch.from_numpy(ids), torch.from_numpy(counts)
 
     def add(self, token_id: int) -> None:
         """Count one generated token."""
@@ -75,8 +89,9 @@ class HostSamplingBatch:
     """How to sample the rows of a step."""
 
     parameters: SamplingBatch
-    num_logprobs: tuple[int, ...]
-    """How many likeliest tokens a row wants beside the sampled one; NO_LOGPROBS: none at all."""
+    num_logprobs: Int64Array
+    """[num_rows], how many likeliest tokens a row wants beside the sampled one; NO_LOGPROBS: none
+    at all."""
     adjustments: tuple[RowAdjustments, ...]
     """Only of rows that have any."""
 
@@ -129,18 +144,25 @@ class HostSampling:
             self._adjusted[slot] = _Adjusted(params, counts)
 
     def gather(
-        self, slots: Int64Array, positions: Int64Array, num_generated: Int64Array
+        self,
+        slots: Int64Array,
+        positions: Int64Array,
+        num_generated: Int64Array,
+        drafts_before: Callable[[int], Int64Array],
     ) -> HostSamplingBatch:
-        """Make the batch that samples slots; all arguments [num_rows].
+        """Make the batch that samples slots, each of them once or more; arrays are [num_rows].
 
-        positions: of the token to sample; num_generated: tokens generated before it.
+        positions: of the token to sample; num_generated: tokens generated before it, drafts that
+        stand before it included. drafts_before: those of a row.
         """
         adjustments: list[RowAdjustments] = []
         if self._adjusted:
             for row, slot in enumerate(slots.tolist()):
                 adjusted = self._adjusted.get(slot)
                 if adjusted is not None:
-                    adjustments.append(_row_adjustments(row, adjusted, int(num_generated[row])))
+                    adjustments.append(
+                        _row_adjustments(row, adjusted, int(num_generated[row]), drafts_before(row))
+                    )
         return HostSamplingBatch(
             parameters=SamplingBatch(
                 temperature=torch.from_numpy(self._temperature[slots]),
@@ -151,12 +173,12 @@ class HostSampling:
                 positions=torch.from_numpy(positions),
                 streams=torch.from_numpy(self._streams[slots]),
             ),
-            num_logprobs=tuple(self._num_logprobs[slots].tolist()),
+            num_logprobs=self._num_logprobs[slots],
             adjustments=tuple(adjustments),
         )
 
     def count(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Take what was generated, one token a slot."""
+        """Take what was generated, token by token; a slot may occur more than once."""
         if self._adjusted:
             for slot, token_id in zip(slots, token_ids, strict=True):
                 adjusted = self._adjusted.get(slot)
@@ -164,8 +186,12 @@ class HostSampling:
                     adjusted.counts.add(token_id)
 
 
-def _row_adjustments(row: int, adjusted: _Adjusted, num_generated: int) -> RowAdjustments:
-    counts = adjusted.counts
+def _row_adjustments(
+    row: int, adjusted: _Adjusted, num_generated: int, drafts: Int64Array
+) -> RowAdjustments:
+    seen_token_ids, output_counts = None, None
+    if adjusted.counts is not None:
+        seen_token_ids, output_counts = adjusted.counts.with_drafts(drafts)
     return RowAdjustments(
         row=row,
         bias_token_ids=adjusted.bias_token_ids,
@@ -173,7 +199,7 @@ def _row_adjustments(row: int, adjusted: _Adjusted, num_generated: int) -> RowAd
         repetition_penalty=adjusted.repetition_penalty,
         presence_penalty=adjusted.presence_penalty,
         frequency_penalty=adjusted.frequency_penalty,
-        seen_token_ids=None if counts is None else counts.seen_token_ids,
-        output_counts=None if counts is None else counts.output_counts,
+        seen_token_ids=seen_token_ids,
+        output_counts=output_counts,
         suppressed_token_ids=adjusted.suppressed if num_generated < adjusted.min_tokens else None,
     )

@@ -8,7 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from stepwire_executor.kernels.interface import SamplingBatch
-from stepwire_executor.slots import AppliedPlan, Int64Array, SlotTable, StepWork
+from stepwire_executor.slots import SlotTable
+from stepwire_executor.step_work import AppliedPlan, Int64Array, StepWork
 
 NO_DRAFT = -1
 """Behind the last row of each sequence."""

@@ -123,16 +123,78 @@ BAD_PLANS: dict[str, tuple[StepPlan, str]] = {
         step(1, 2, {1: 5}, admissions=[admission(1, long_list(5), [2])]),
         "too few for 5 tokens",
     ),
-    "drafts": (
+    "drafts before the last token": (
+        step(1, 2, {1: 2}, admissions=[admission(1, [1, 2, 3], [2])], drafts={1: [7]}),
+        "slot 1 has drafts, but its work does not reach",
+    ),
+    "drafts without blocks": (step(1, 2, {0: 1}, drafts={0: [7] * 4}), "too few for 9 tokens"),
+    "draft out of range": (
+        step(1, 2, {0: 1}, drafts={0: [1, VOCAB_SIZE]}),
+        "draft_token_ids: token id 97 is beyond the vocabulary",
+    ),
+    "draft far out of range": (
+        step(1, 2, {0: 1}, drafts={0: [UINT32_MAX]}),
+        "beyond the vocabulary",
+    ),
+    "drafts beyond the context": (
+        step(
+            1,
+            2,
+            {1: 1},
+            admissions=[
+                admission(1, long_list(MAX_MODEL_LEN - 1), list(range(10)), num_computed_tokens=38)
+            ],
+            drafts={1: [1, 2]},
+        ),
+        "slot 1 has room for 1 drafts, not 2",
+    ),
+    "drafts beyond the budget": (
+        step(1, 2, {0: 1}, drafts={0: [7] * 16}),
+        "17 tokens are more than the budget of 16",
+    ),
+    "number of drafts far out of range": (
+        StepPlan(
+            epoch=1, step_id=2, work_slots=[0], work_num_tokens=[1], work_num_drafts=[UINT32_MAX]
+        ),
+        "more than the budget of 16",
+    ),
+    "draft numbers of more slots than there is work": (
         StepPlan(
             epoch=1,
             step_id=2,
             work_slots=[0],
             work_num_tokens=[1],
-            work_num_drafts=[0],
-            draft_token_ids=[],
+            work_num_drafts=[1, 0],
+            draft_token_ids=[7],
         ),
-        "draft tokens are not supported",
+        "work_slots and work_num_drafts differ in length",
+    ),
+    "draft numbers without work": (
+        StepPlan(epoch=1, step_id=2, work_num_drafts=[0]),
+        "work_slots and work_num_drafts differ in length",
+    ),
+    "more drafts than are counted": (
+        StepPlan(
+            epoch=1,
+            step_id=2,
+            work_slots=[0],
+            work_num_tokens=[1],
+            work_num_drafts=[1],
+            draft_token_ids=[7, 8],
+        ),
+        "draft_token_ids has 2 tokens, where work_num_drafts counts 1",
+    ),
+    "drafts of nobody": (
+        StepPlan(epoch=1, step_id=2, work_slots=[0], work_num_tokens=[1], draft_token_ids=[7]),
+        "does not say whose they are",
+    ),
+    "drafts of a draft model that is not there": (
+        StepPlan(epoch=1, step_id=2, work_slots=[0], work_num_tokens=[1], work_num_drafts=[2]),
+        "this executor has no draft model",
+    ),
+    "a draft in the place of another token": (
+        step(1, 2, {0: 1, 1: 1}, admissions=[admission(1, [9], [1])], drafts={0: [7]}),
+        "two tokens of the step have the same place",
     ),
 }
 
