@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -111,8 +111,8 @@ def _offer(description: DescribeResponse) -> bytes:
 
 def _first_difference(logged: StepResult, replayed: StepResult) -> str | None:
     tokens = zip_longest(
-        zip(logged.sampled_slots, logged.sampled_token_ids, strict=False),
-        zip(replayed.sampled_slots, replayed.sampled_token_ids, strict=False),
+        zip(_slot_of_each_token(logged), logged.sampled_token_ids, strict=False),
+        zip(_slot_of_each_token(replayed), replayed.sampled_token_ids, strict=False),
     )
     for was, now in tokens:
         if was != now:
@@ -121,9 +121,19 @@ def _first_difference(logged: StepResult, replayed: StepResult) -> str | None:
     now_failed = [failure.slot for failure in replayed.failures]
     if was_failed != now_failed:
         return f"slots {was_failed} failed in the log, {now_failed} in the replay"
+    if logged.num_draft_tokens != replayed.num_draft_tokens:
+        return (
+            f"{sum(logged.num_draft_tokens)} drafts were verified in the log, "
+            f"{sum(replayed.num_draft_tokens)} in the replay"
+        )
     if logged.slot_table_checksum != replayed.slot_table_checksum:
         return "the slot tables differ"
     return None
+
+
+def _slot_of_each_token(result: StepResult) -> Iterator[int]:
+    for slot, num_tokens in zip(result.sampled_slots, result.num_sampled_tokens, strict=False):
+        yield from repeat(slot, num_tokens)
 
 
 def _token(sampled: tuple[int, int] | None) -> str:

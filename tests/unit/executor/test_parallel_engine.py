@@ -7,21 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from stepwire_executor.config import ExecutorConfig, resolve_capacity
-from stepwire_executor.engine.building import EngineParts, build_device_engine, build_host_engine
-from stepwire_executor.engine.key_offsets import measure_key_offsets
+from stepwire.executor.v1.executor_pb2 import StepResult
 from stepwire_executor.errors import PlanOrderError
-from stepwire_executor.kernels import select_kernels
-from stepwire_executor.kv_cache import FP8_DTYPE
-from stepwire_executor.model import load_model
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.runner import Runner
 from support.executor_fakes import admission, sampling_params, step
-from support.model_steps import CPU
+from support.model_runner import BUILDERS, make_model_runner, save_model
 from support.rank_threads import run_ranks
 
-BUILDERS = {"host": build_host_engine, "device": build_device_engine}
 NUM_STEPS = 6
 
 
@@ -29,42 +22,10 @@ NUM_STEPS = 6
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=101,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
     path = tmp_path_factory.mktemp("model")
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    save_model(path)
     yield path
     torch.set_num_threads(num_threads)
-
-
-def _runner(directory: Path, engine_name: str, group: RankGroup, *, is_fp8: bool = False) -> Runner:
-    kernels = select_kernels(CPU)
-    # Ranks may have room for different numbers of blocks.
-    config = ExecutorConfig(model="m", max_num_seqs=4, num_kv_blocks=30 + group.rank, block_size=4)
-    model = load_model(directory, dtype=torch.float32, kernels=kernels, device=CPU, group=group)
-    parts = EngineParts(
-        config=config,
-        capacity=resolve_capacity(config, is_gpu=False),
-        model=model,
-        kernels=kernels,
-        device=CPU,
-        group=group,
-        kv_dtype=FP8_DTYPE if is_fp8 else torch.float32,
-        key_offsets=measure_key_offsets(model, CPU) if is_fp8 else None,
-    )
-    engine, cache, slots = BUILDERS[engine_name](parts, lambda phase: None)
-    assert cache.layers[0].key.shape[1] == model.decoder.config.num_kv_heads
-    assert slots.num_blocks == 30
-    return Runner(engine=engine, slots=slots, group=group)
 
 
 def _run(runner: Runner, epoch: int) -> list[tuple[list[int], int]]:
@@ -91,7 +52,7 @@ def test_every_rank_samples_what_one_rank_samples(
     directory: Path, engine_name: str, is_fp8: bool
 ) -> None:
     def run(group: RankGroup) -> list[tuple[list[int], int]]:
-        return _run(_runner(directory, engine_name, group, is_fp8=is_fp8), 1)
+        return _run(make_model_runner(directory, engine_name, group, is_fp8=is_fp8), 1)
 
     alone = run(SINGLE_RANK)
     by_rank = run_ranks(3, run)
@@ -104,7 +65,7 @@ def test_a_plan_that_one_rank_received_is_left_for_the_next_epoch(directory: Pat
     """As when a scheduler ends between sending a plan to the first rank and to the second."""
 
     def run(group: RankGroup) -> list[tuple[list[int], int]]:
-        runner = _runner(directory, "host", group)
+        runner = make_model_runner(directory, "host", group)
         first = _run(runner, 1)
         if group.rank == 0:
             with pytest.raises(PlanOrderError, match="epoch 2"):
@@ -114,3 +75,36 @@ def test_a_plan_that_one_rank_received_is_left_for_the_next_epoch(directory: Pat
 
     by_rank = run_ranks(2, run)
     assert by_rank[0] == by_rank[1]
+
+
+@pytest.mark.parametrize("engine_name", BUILDERS)
+def test_every_rank_accepts_the_same_drafts(directory: Path, engine_name: str) -> None:
+    def run(group: RankGroup) -> list[tuple[list[int], list[int], int]]:
+        runner = make_model_runner(directory, engine_name, group)
+        runner.open_epoch(2)
+        prompt = [5, 17, 3, 88, 100]
+        alone: list[int] = []
+        runner.execute(step(2, 1, admissions=[admission(0, prompt, list(range(9)))], work={0: 4}))
+        for step_id in range(2, 8):
+            alone += runner.execute(step(2, step_id, work={0: 1})).sampled_token_ids
+        results: list[StepResult] = []
+        for num_right in range(5):
+            epoch = 3 + num_right
+            runner.open_epoch(epoch)
+            drafts = [t if i < num_right else (t + 1) % 101 for i, t in enumerate(alone[:4])]
+            joined = admission(0, prompt, list(range(9)))
+            results.append(
+                runner.execute(step(epoch, 1, admissions=[joined], work={0: 5}, drafts={0: drafts}))
+            )
+            assert list(results[-1].num_sampled_tokens) == [num_right + 1]
+            # The next step finds the slot where the accepted drafts left it.
+            results.append(runner.execute(step(epoch, 2, work={0: 1})))
+            both = [*results[-2].sampled_token_ids, *results[-1].sampled_token_ids]
+            assert both == alone[: num_right + 2]
+        return [
+            (list(r.sampled_token_ids), list(r.num_draft_tokens), r.slot_table_checksum)
+            for r in results
+        ]
+
+    by_rank = run_ranks(2, run)
+    assert by_rank[0] == by_rank[1] == run(SINGLE_RANK)
