@@ -161,8 +161,7 @@ class HostEngine:
             chosen = torch.from_numpy(token_ids[wanted])
             described = describe_rows(unadjusted, chosen, max(num_top))
             logprobs = dict(zip(wanted.tolist(), described.rows(num_top), strict=True))
-        is_counted = is_kept & is_finite
-        self._sampling.count(rows.slots[is_counted].tolist(), token_ids[is_counted].tolist())
+        self._sampling.count(rows.slots, token_ids, is_kept & is_finite)
         return SampledRows(
             token_ids=token_ids, is_finite=is_finite, num_accepted=num_accepted, logprobs=logprobs
         )

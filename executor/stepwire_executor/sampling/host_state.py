@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from stepwire_executor.kernels.interface import SamplingBatch
 from stepwire_executor.sampling.adjustments import RowAdjustments
 from stepwire_executor.sampling.checks import check_sampling_params, is_penalised
-from stepwire_executor.step_work import Int64Array
+from stepwire_executor.step_work import BoolArray, Int64Array
 
 NO_LOGPROBS = -1
 
@@ -177,10 +177,11 @@ class HostSampling:
             adjustments=tuple(adjustments),
         )
 
-    def count(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Take what was generated, token by token; a slot may occur more than once."""
+    def count(self, slots: Int64Array, token_ids: Int64Array, is_kept: BoolArray) -> None:
+        """Take what was generated, all [num_rows]: the tokens of the rows that are kept."""
         if self._adjusted:
-            for slot, token_id in zip(slots, token_ids, strict=True):
+            kept = zip(slots[is_kept].tolist(), token_ids[is_kept].tolist(), strict=True)
+            for slot, token_id in kept:
                 adjusted = self._adjusted.get(slot)
                 if adjusted is not None and adjusted.counts is not None:
                     adjusted.counts.add(token_id)

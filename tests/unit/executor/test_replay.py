@@ -13,8 +13,9 @@ from stepwire_executor.errors import PlanError, PlanLogError
 from stepwire_executor.plan_log import PlanLogMessage, read_plan_log
 from stepwire_executor.replay import Replay
 from stepwire_executor.runner import Runner
-from support.executor_fakes import admission, make_executor, step
+from support.executor_fakes import admission, expected_continuation, make_executor, step
 
+DRAFTS = expected_continuation([5, 6, 7], 4)[2:]
 DESCRIPTION = pb.DescribeResponse(model_fingerprint="echo", instance_id="a")
 PLANS = [
     lambda epoch: step(
@@ -24,7 +25,7 @@ PLANS = [
         admissions=[admission(0, [5, 6, 7], [1, 3]), admission(2, [8, 9], [4, 0])],
     ),
     lambda epoch: step(epoch, 2, {0: 1, 2: 1}),
-    lambda epoch: step(epoch, 3, {0: 1, 2: 1}),
+    lambda epoch: step(epoch, 3, {0: 1, 2: 1}, drafts={0: DRAFTS, 2: [1, 2]}),
     lambda epoch: step(epoch, 4, {2: 1}, released=[0]),
 ]
 
@@ -66,14 +67,17 @@ def replayed(messages: list[PlanLogMessage]) -> tuple[Replay, int]:
 def test_the_same_plans_give_the_same_tokens() -> None:
     replay, num_runners = replayed(recorded())
     assert replay.difference is None
-    assert (replay.num_epochs, replay.num_steps, replay.num_tokens) == (2, 6, 12)
+    assert (replay.num_epochs, replay.num_steps, replay.num_tokens) == (2, 6, 16)
     assert num_runners == 1
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda result: result.sampled_token_ids.__setitem__(1, 1), "token 1 in slot 2"),
+        (lambda result: result.sampled_token_ids.__setitem__(2, 1), "token 1 in slot 0"),
+        (lambda result: result.sampled_token_ids.__setitem__(3, 1), "token 1 in slot 2"),
+        (lambda result: result.num_sampled_tokens.__setitem__(0, 1), "in slot 2, the replay"),
+        (lambda result: result.num_draft_tokens.__setitem__(1, 0), "2 drafts were verified"),
         (lambda result: result.sampled_token_ids.pop(), "no token"),
         (lambda result: result.failures.add(slot=2), "slots [2] failed in the log"),
         (lambda result: setattr(result, "slot_table_checksum", 1), "the slot tables differ"),
@@ -84,11 +88,10 @@ def test_the_first_difference_is_named(
 ) -> None:
     messages = recorded()
     results = [m for m in messages if isinstance(m, pb.ExecuteResponse)]
-    for response in results[-2:]:
-        change(response.step_result)
+    change(results[-1].step_result)
     replay, _ = replayed(messages)
     assert replay.difference is not None
-    assert replay.difference.startswith("epoch 2, step 2: ")
+    assert replay.difference.startswith("epoch 2, step 3: ")
     assert found in replay.difference
 
 
