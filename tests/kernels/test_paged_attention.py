@@ -301,6 +301,19 @@ def test_a_row_has_the_same_bits_however_its_sequence_is_cut(rows: Rows) -> None
                 assert torch.equal(chunk, whole[first:last])
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_queries_of_a_draft_have_the_bits_of_one_at_a_time(rows: Rows, window: int | None) -> None:
+    """At every offset of a block, and around the place where long contexts are split."""
+    for i, begin, end in ((3, 0, 17), (4, 100, 134), (1, 496, 513)):
+        places = [(i, place, place + 1) for place in range(begin, end)]
+        alone = torch.cat(rows.attend(places, window=window))
+        for size in range(2, 18):
+            firsts = range(begin, end - size + 1)
+            drafts = rows.attend([(i, first, first + size) for first in firsts], window=window)
+            for first, got in zip(firsts, drafts, strict=True):
+                assert torch.equal(got, alone[first - begin : first - begin + size])
+
+
 def test_a_row_has_the_same_bits_wherever_its_blocks_lie(rows: Rows) -> None:
     expected = rows.attend([(0, 1299, 1300)])[0]
     for seed in (1, 2):
