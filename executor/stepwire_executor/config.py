@@ -25,6 +25,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtypeName = Literal["auto", "fp8"]
 KernelsName = Literal["auto", "native", "triton", "reference"]
 LoadFormat = Literal["auto", "dummy"]
+SpeculativeVerificationName = Literal["sampled", "rejection"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -175,6 +176,16 @@ class ExecutorConfig:
         ),
     )
     """Where weights come from."""
+    speculative_verification: SpeculativeVerificationName = field(
+        default="sampled",
+        metadata=_setting(
+            texts.one_of("sampled", "rejection"),
+            "how drafted tokens are verified; sampled keeps every seeded id, rejection keeps the "
+            "distribution and accepts more of a draft model's sampled tokens",
+            metavar="RULE",
+        ),
+    )
+    """Rule that accepts drafted tokens."""
     tensor_parallel_size: int = field(
         default=1,
         metadata=_setting(

@@ -108,7 +108,12 @@ def load_runner(
     dtype_name, kv_dtype_name = _name(model.dtype), _name(parts.kv_dtype)
     return runner, ModelDescription(
         model_fingerprint=_fingerprint(
-            model.fingerprint, dtype_name, kv_dtype_name, kernels.name, str(group.world_size)
+            model.fingerprint,
+            dtype_name,
+            kv_dtype_name,
+            kernels.name,
+            str(group.world_size),
+            config.speculative_verification,
         ),
         architecture=model.config.architecture,
         dtype=dtype_name,

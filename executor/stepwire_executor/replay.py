@@ -160,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_model_len=description.max_position_embeddings,
             num_threads=options.num_threads,
             load_format=options.load_format,
+            speculative_verification=options.speculative_verification,
         )
         runner, loaded = load_runner(config, lambda phase, fraction: None)
         if loaded.model_fingerprint != description.model_fingerprint:
@@ -213,6 +214,12 @@ def _parser() -> argparse.ArgumentParser:
         "--kernels", choices=["auto", "native", "triton", "reference"], default="auto"
     )
     parser.add_argument("--device", default="auto", help="as of the executor")
+    parser.add_argument(
+        "--speculative-verification",
+        choices=["sampled", "rejection"],
+        default="sampled",
+        help="as of the executor that wrote the log",
+    )
     parser.add_argument("--num-threads", type=int, help="threads that compute")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     return parser

@@ -30,6 +30,8 @@ from stepwire_executor.memory import (
 from stepwire_executor.model.loader import LoadedModel
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.slots import SlotTable
+from stepwire_executor.speculation.interface import VerificationRule
+from stepwire_executor.speculation.rules import make_rule
 
 GRAPH_BYTES = 4 << 20
 """Kept for each captured batch size beside the largest one's activations."""
@@ -65,6 +67,11 @@ class EngineParts:
         """Bytes of a KV block over all layers."""
         has_static_scales = self.model.static_kv_scales is not None
         return bytes_per_block(**self._geometry, has_static_scales=has_static_scales)
+
+    @property
+    def rule(self) -> VerificationRule:
+        """How drafts are verified."""
+        return make_rule(self.config.speculative_verification, self.kernels.sample)
 
     def new_cache(self, num_blocks: int) -> KVCache:
         """Allocate a pool; raises ModelLoadError where it does not fit."""
@@ -116,6 +123,7 @@ def build_host_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
         cache=cache,
         max_num_seqs=slots.max_num_seqs,
         vocab_size=slots.vocab_size,
+        rule=parts.rule,
     )
     return engine, cache, slots
 
@@ -188,6 +196,7 @@ def _device_engine(
         cache=cache,
         slots=slots,
         queue=queue,
+        rule=parts.rule,
     )
 
 

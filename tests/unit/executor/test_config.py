@@ -38,6 +38,7 @@ def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
         "kernels": "reference",
         "num_threads": "1",
         "load_format": "dummy",
+        "speculative_verification": "rejection",
         "device": "cuda:1",
         "gpu_memory_utilization": "0.5",
         "enforce_eager": "true",
