@@ -18,10 +18,11 @@ from stepwire_executor.engine.device import DeviceEngine
 from stepwire_executor.engine.device_queue import DeviceQueue, HostQueue
 from stepwire_executor.engine.graphs import RepeatedCalls
 from stepwire_executor.engine.host import HostEngine
-from stepwire_executor.kernels.interface import SampleOutput, SamplingBatch
+from stepwire_executor.kernels.interface import Sample, SampleOutput, SamplingBatch
 from stepwire_executor.kv_cache import KVCache
 from stepwire_executor.runner import Runner
 from stepwire_executor.slots import SlotTable
+from stepwire_executor.speculation.interface import DraftProposer, VerificationRule
 from torch import Tensor
 
 VOCAB_SIZE = 97
@@ -152,8 +153,12 @@ def make_executor(
     max_num_batched_tokens: int = 64,
     engine_name: EngineName = "host",
     queue: DeviceQueue | None = None,
+    decoder: PagedEchoDecoder | None = None,
+    sample: Sample | None = None,
+    rule: VerificationRule | None = None,
+    proposer: DraftProposer | None = None,
 ) -> FakeExecutor:
-    decoder, sampler = PagedEchoDecoder(), GreedySampler()
+    decoder, sampler = decoder or PagedEchoDecoder(), GreedySampler()
     slots = SlotTable(
         max_num_seqs=max_num_seqs,
         max_model_len=MAX_MODEL_LEN,
@@ -177,14 +182,22 @@ def make_executor(
     if engine_name == "host":
         engine = HostEngine(
             decoder=decoder,
-            sample=sampler,
+            sample=sample or sampler,
             cache=cache,
             max_num_seqs=max_num_seqs,
             vocab_size=VOCAB_SIZE,
+            rule=rule,
+            proposer=proposer,
         )
     else:
         engine = DeviceEngine(
-            decoder=decoder, sample=sampler, cache=cache, slots=slots, queue=queue or HostQueue()
+            decoder=decoder,
+            sample=sample or sampler,
+            cache=cache,
+            slots=slots,
+            queue=queue or HostQueue(),
+            rule=rule,
+            proposer=proposer,
         )
         if engine_name == "graphs":
             engine.capture(RepeatedCalls())
