@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from stepwire_client.errors import SettingError
+
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtype: TypeAlias = Literal["auto", "fp8"]
 KernelChoice: TypeAlias = Literal["auto", "native", "triton", "reference"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
+SpeculativeMethod: TypeAlias = Literal["ngram", "suffix", "draft_model"]
+SpeculativeVerification: TypeAlias = Literal["sampled", "rejection"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,14 @@ class ClusterConfig:
     """Step plans sent before their results are back."""
     enable_prefix_caching: bool | None = None
     """Whether prompts share the KV blocks of equal beginnings."""
+    speculative_method: SpeculativeMethod | None = None
+    """Where draft tokens come from; by default from the draft model where there is one."""
+    speculative_model: Path | None = None
+    """Folder or .gguf file of the draft model, which needs the model's tokenizer."""
+    num_speculative_tokens: int | None = None
+    """Most draft tokens a step for each sequence."""
+    speculative_verification: SpeculativeVerification | None = None
+    """sampled keeps the tokens that are the same without drafts; rejection keeps their law."""
     listen: str = "127.0.0.1:0"
     """Where the scheduler listens; port 0 takes a free one."""
     metrics_listen: str | None = None
@@ -86,6 +98,23 @@ class ClusterConfig:
     scheduler_command: tuple[str, ...] = (sys.executable, "-m", "stepwire_scheduler")
     """How to start a scheduler."""
 
+    def check(self, environ: Mapping[str, str]) -> None:
+        """Raise SettingError where settings of different processes do not fit together.
+
+        environ: what the processes inherit.
+        """
+        model = self.speculative_model or environ.get("STEPWIRE_EXECUTOR_SPECULATIVE_MODEL")
+        if self.speculative_method == "draft_model" and not model:
+            raise SettingError(
+                "--speculative-method draft_model needs --speculative-model: a smaller model with "
+                "the same tokenizer"
+            )
+        if self.speculative_model is not None and self.speculative_method in ("ngram", "suffix"):
+            raise SettingError(
+                f"--speculative-method {self.speculative_method} has no use for "
+                "--speculative-model: leave one of them out"
+            )
+
     def executor_arguments(
         self, *, listen: str, rank: int = 0, master_address: str | None = None
     ) -> list[str]:
@@ -104,6 +133,8 @@ class ClusterConfig:
             "kernels",
             "num_threads",
             "load_format",
+            "speculative_model",
+            "speculative_verification",
         )
         arguments = ["--model", str(self.model), "--listen", listen, *self._flags(names)]
         if self.enforce_eager:
@@ -132,6 +163,7 @@ class ClusterConfig:
             "served_model_name",
             "scheduling_policy",
             "max_inflight_steps",
+            "num_speculative_tokens",
             "metrics_listen",
             "tls_cert",
             "tls_key",
@@ -141,6 +173,11 @@ class ClusterConfig:
         )
         arguments = ["--model", str(self.model), "--executor", executor]
         arguments += ["--listen", self.listen, *self._flags(names)]
+        method = self.speculative_method
+        if method is None and self.speculative_model is not None:
+            method = "draft_model"
+        if method is not None:
+            arguments += ["--speculative-method", method]
         if local_socket is not None:
             arguments += ["--local-socket", str(local_socket)]
         if self.enable_prefix_caching is not None:

@@ -40,6 +40,7 @@ _SCALARS = (
     "ignore_eos",
     "logprobs",
     "n",
+    "num_speculative_tokens",
 )
 _FINISH_REASONS = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
@@ -200,6 +201,8 @@ def from_get_model_response(message: pb.GetModelResponse) -> ModelInfo:
         max_num_seqs=message.max_num_seqs,
         max_num_batched_tokens=message.max_num_batched_tokens,
         has_chat_template=message.has_chat_template,
+        speculative_method=message.speculative_method,
+        num_speculative_tokens=message.num_speculative_tokens,
     )
 
 
@@ -294,6 +297,8 @@ def _usage(message: pb.Usage) -> Usage:
         num_output_tokens=message.num_output_tokens,
         num_cached_tokens=message.num_cached_tokens,
         num_preemptions=message.num_preemptions,
+        num_draft_tokens=message.num_draft_tokens,
+        num_accepted_tokens=message.num_accepted_tokens,
     )
 
 

@@ -57,6 +57,10 @@ class Usage:
     """Prompt tokens whose KV was found in the prefix cache."""
     num_preemptions: int
     """Times a sequence lost its KV blocks and was recomputed."""
+    num_draft_tokens: int = 0
+    """Tokens that speculation proposed, over all sequences."""
+    num_accepted_tokens: int = 0
+    """Those of them that the model sampled as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,3 +239,7 @@ class ModelInfo:
     """Most tokens a step."""
     has_chat_template: bool
     """Whether chat prompts are accepted."""
+    speculative_method: str = ""
+    """Where draft tokens come from: "ngram", "suffix" or "draft_model"; empty: there are none."""
+    num_speculative_tokens: int = 0
+    """Most draft tokens a step for each sequence."""

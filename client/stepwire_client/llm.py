@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Self, cast
 
 from stepwire_client import models
@@ -18,6 +19,8 @@ from stepwire_client.cluster_config import (
     KVCacheDtype,
     LoadFormat,
     SchedulingPolicy,
+    SpeculativeMethod,
+    SpeculativeVerification,
 )
 from stepwire_client.errors import ResourceExhaustedError
 from stepwire_client.events import Generation, ModelInfo
@@ -54,15 +57,19 @@ class LLM:
         load_format: LoadFormat | None = None,
         scheduling_policy: SchedulingPolicy | None = None,
         enable_prefix_caching: bool | None = None,
+        speculative_method: SpeculativeMethod | None = None,
+        speculative_model: str | os.PathLike[str] | None = None,
+        num_speculative_tokens: int | None = None,
+        speculative_verification: SpeculativeVerification | None = None,
         ready_timeout_s: float = 600.0,
         on_progress: Callable[[ModelInfo], None] | None = None,
     ) -> None:
         """Start the cluster and wait until the model is ready; fields as in ClusterConfig.
 
-        Raises ModelError, ClusterError, DeadlineExceededError.
+        Raises ModelError, SettingError, ClusterError, DeadlineExceededError.
         """
         name = os.fspath(model)
-        path = models.pull(name) if name in models.MODELS else models.resolve_model(name)
+        path = _fetch(name)
         config = ClusterConfig(
             model=path,
             served_model_name=name if name in models.MODELS else None,
@@ -80,6 +87,10 @@ class LLM:
             load_format=load_format,
             scheduling_policy=scheduling_policy,
             enable_prefix_caching=enable_prefix_caching,
+            speculative_method=speculative_method,
+            speculative_model=_fetch(os.fspath(speculative_model)) if speculative_model else None,
+            num_speculative_tokens=num_speculative_tokens,
+            speculative_verification=speculative_verification,
         )
         self.cluster = LocalCluster(config).start()
         try:
@@ -177,3 +188,8 @@ def _generate_all(
         for call in pending.values():
             call.cancel()
     return cast("list[Generation]", results)
+
+
+def _fetch(name: str) -> Path:
+    """Path of a model; a known one that is not in the cache is fetched."""
+    return models.pull(name) if name in models.MODELS else models.resolve_model(name)

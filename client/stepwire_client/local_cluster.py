@@ -92,8 +92,9 @@ class LocalCluster:
     def start(self) -> Self:
         """Start all processes and return once they answer; the model may load for longer.
 
-        Raises ProcessExitedError, StartTimeoutError.
+        Raises SettingError, ProcessExitedError, StartTimeoutError.
         """
+        self.config.check(os.environ)
         atexit.register(self.stop)
         self._thread.start()
         try:

@@ -57,3 +57,6 @@ class SamplingParams:
     """Log-probabilities of the sampled token and of this many likeliest ones, 0 to 20."""
     n: int | None = None
     """Sequences to generate from the prompt, 1 to 8."""
+    num_speculative_tokens: int | None = None
+    """Most draft tokens a step for each sequence; 0 turns speculation off. By default, and at
+    most, ModelInfo.num_speculative_tokens."""

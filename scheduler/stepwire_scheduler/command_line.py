@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from stepwire_scheduler.config import SchedulerConfig
+from stepwire_scheduler.config import MAX_NUM_SPECULATIVE_TOKENS, SchedulerConfig
 from stepwire_scheduler.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "STEPWIRE_SCHEDULER_"
@@ -54,6 +54,7 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Sc
     config = SchedulerConfig(**settings)
     _check_addresses(config)
     _check_tls(config)
+    _check_speculation(config)
     return config
 
 
@@ -121,8 +122,7 @@ def _convert(name: str, hint: Any, value: str | bool | list[str], source: str) -
         value = ";".join(value)
     if _is_list_of_groups(hint):
         return tuple(_split(group, ",") for group in _split(value, ";"))
-    if get_origin(hint) is Literal:
-        choices: tuple[str, ...] = get_args(hint)
+    if choices := _choices(hint):
         if value not in choices:
             raise ConfigError(f"{source} must be one of {', '.join(choices)}, not {value!r}")
         return value
@@ -140,6 +140,14 @@ def _convert(name: str, hint: Any, value: str | bool | list[str], source: str) -
     if not value:
         raise ConfigError(f"{source} is empty")
     return value
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """Words that a Literal, or a Literal or None, allows; empty for other types."""
+    for each in (hint, *get_args(hint)):
+        if get_origin(each) is Literal:
+            return get_args(each)
+    return ()
 
 
 def _split(text: str, separator: str) -> tuple[str, ...]:
@@ -218,3 +226,24 @@ def _check_tls(config: SchedulerConfig) -> None:
         ):
             if value is not None:
                 raise ConfigError(f"{flag} needs --executor-tls-ca")
+
+
+def _check_speculation(config: SchedulerConfig) -> None:
+    """What the executors must offer for it is checked once they answer."""
+    num_drafts = config.num_speculative_tokens
+    if num_drafts is not None:
+        if config.speculative_method is None:
+            raise ConfigError(
+                "--num-speculative-tokens needs --speculative-method ngram, suffix or draft_model"
+            )
+        if num_drafts > MAX_NUM_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"--num-speculative-tokens must be at most {MAX_NUM_SPECULATIVE_TOKENS}, "
+                f"not {num_drafts}"
+            )
+    budget = config.max_num_batched_tokens
+    if budget is not None and config.max_num_drafts >= budget:
+        raise ConfigError(
+            f"--num-speculative-tokens {config.max_num_drafts} and the token before them do not "
+            f"fit in --max-num-batched-tokens {budget}: lower the one or raise the other"
+        )

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 SchedulingPolicy = Literal["fcfs", "priority"]
+SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+DEFAULT_NUM_SPECULATIVE_TOKENS = 5
+MAX_NUM_SPECULATIVE_TOKENS = 16
+"""A longer draft is hardly ever accepted to its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,13 @@ class SchedulerConfig:
     """fcfs runs by arrival, priority by the request's priority, then arrival."""
     enable_prefix_caching: bool = True
     """Keep KV blocks of past prompts and share them."""
+    speculative_method: SpeculativeMethod | None = None
+    """Drafts several tokens a step for each sequence and keeps those that the model samples as
+    well: ngram and suffix look them up in what was said before, draft_model asks the executor's
+    --speculative-model. Default: none."""
+    num_speculative_tokens: int | None = None
+    """Most draft tokens a step for each sequence, 1 to 16; fewer where fewer pay. Default: 5 where
+    there is a method."""
     max_queued_requests: int = 256
     """Requests that may wait; one more is RESOURCE_EXHAUSTED."""
     max_queued_tokens: int = 262_144
@@ -92,3 +104,10 @@ class SchedulerConfig:
     """Allow addresses beyond loopback, without encryption or authentication."""
     log_level: LogLevel = "info"
     """Least severity that is logged."""
+
+    @property
+    def max_num_drafts(self) -> int:
+        """num_speculative_tokens in force: 0 without a method."""
+        if self.speculative_method is None:
+            return 0
+        return self.num_speculative_tokens or DEFAULT_NUM_SPECULATIVE_TOKENS

@@ -17,6 +17,7 @@ _AGREED_FIELDS = {
     "num_blocks": "--num-kv-blocks",
     "max_num_seqs": "--max-num-seqs",
     "max_num_batched_tokens": "--max-num-batched-tokens",
+    "draft_model": "--speculative-model",
 }
 
 _AT_LEAST_ONE = (
@@ -39,8 +40,8 @@ def check_agreement(descriptions: Sequence[Description]) -> None:
         for field, flag in _AGREED_FIELDS.items():
             if getattr(other, field) != getattr(first, field):
                 raise ExecutorMismatchError(
-                    f"executors disagree on {field} ({getattr(first, field)} and "
-                    f"{getattr(other, field)}): start them with the same {flag}"
+                    f"executors disagree on {field} ({getattr(first, field) or 'none'} and "
+                    f"{getattr(other, field) or 'none'}): start them with the same {flag}"
                 )
 
 

@@ -36,9 +36,17 @@ class ReadyGroup:
 class ExecutorGroups:
     """Asks groups how they are, and chooses the one that computes."""
 
-    def __init__(self, groups: Sequence[ExecutorGroup]) -> None:
-        """groups: at least one; the first that is ready computes."""
+    def __init__(
+        self,
+        groups: Sequence[ExecutorGroup],
+        check: Callable[[Description], None] = lambda description: None,
+    ) -> None:
+        """groups: at least one; the first that is ready computes.
+
+        check: raises ExecutorMismatchError where a rank 0 does not offer what the settings need.
+        """
         self._groups = tuple(groups)
+        self._check = check
         self._active: ExecutorGroup | None = None
         self._progress: dict[ExecutorGroup, LoadProgress] = {}
         """Of groups whose every rank answered when last asked."""
@@ -124,6 +132,7 @@ class ExecutorGroups:
             check_ranks(descriptions)
             if all(each.load_state == executor_pb2.LOAD_STATE_READY for each in descriptions):
                 check_agreement(descriptions)
+                self._check(descriptions[0])
                 is_known = fingerprint in (None, descriptions[0].model_fingerprint)
                 if is_known or group is self._active:
                     self._complaints.pop(group, None)

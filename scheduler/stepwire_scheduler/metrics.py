@@ -38,6 +38,10 @@ _VLLM_ALIASES = {
     "stepwire_prefix_cache_query_tokens": "vllm:prefix_cache_queries",
     "stepwire_prefix_cache_hit_tokens": "vllm:prefix_cache_hits",
     "stepwire_requests_finished": "vllm:request_success",
+    "stepwire_spec_drafts": "vllm:spec_decode_num_drafts",
+    "stepwire_spec_draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "stepwire_spec_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+    "stepwire_spec_accepted_per_pos": "vllm:spec_decode_num_accepted_tokens_per_pos",
 }
 
 _Instrument = TypeVar("_Instrument", Counter, Gauge, Histogram)
@@ -124,6 +128,16 @@ class Metrics:
         self._idle_seconds = self._counter(
             "executor_idle_seconds",
             "Time in which rank 0 had no step to compute though sequences could go on.",
+        )
+        self._drafts = self._counter(
+            "spec_drafts", "Drafts verified: one a sequence and step that had any."
+        )
+        self._draft_tokens = self._counter("spec_draft_tokens", "Draft tokens verified.")
+        self._accepted_tokens = self._counter(
+            "spec_accepted_tokens", "Draft tokens that the model sampled as well."
+        )
+        self._accepted_per_pos = self._counter(
+            "spec_accepted_per_pos", "Drafts accepted to this position, from 0.", "position"
         )
         self._epochs = self._counter(
             "epochs_ended", "Epochs of the plan stream that ended, by cause.", "cause"
@@ -215,6 +229,20 @@ class Metrics:
         self._busy_seconds.inc(busy_seconds)
         self._idle_seconds.inc(idle_seconds)
         self._step_tokens.observe(num_batched_tokens)
+
+    def on_drafts(self, outcomes: Iterable[tuple[int, int]]) -> None:
+        """A step's drafts: how many tokens each had, and how many of them were accepted.
+
+        Empty drafts do not count.
+        """
+        for num_drafted, num_accepted in outcomes:
+            if not num_drafted:
+                continue
+            self._drafts.inc()
+            self._draft_tokens.inc(num_drafted)
+            self._accepted_tokens.inc(num_accepted)
+            for position in range(num_accepted):
+                self._accepted_per_pos.labels(str(position)).inc()
 
     def on_epoch_ended(self, cause: EpochEnd, *, num_running: int) -> None:
         """num_running: sequences that are queued again."""

@@ -219,6 +219,8 @@ class RequestStream:
             num_output_tokens=sum(progress.num_output_tokens for progress in self.progress),
             num_cached_tokens=sequences[0].num_cached_tokens,
             num_preemptions=sum(sequence.num_preemptions for sequence in sequences),
+            num_draft_tokens=sum(sequence.num_draft_tokens for sequence in sequences),
+            num_accepted_tokens=sum(sequence.num_accepted_tokens for sequence in sequences),
         )
 
     @property

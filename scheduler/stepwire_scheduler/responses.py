@@ -93,6 +93,8 @@ def encode_usage(stream: RequestStream) -> generation_pb2.Usage:
         num_output_tokens=usage.num_output_tokens,
         num_cached_tokens=usage.num_cached_tokens,
         num_preemptions=usage.num_preemptions,
+        num_draft_tokens=usage.num_draft_tokens,
+        num_accepted_tokens=usage.num_accepted_tokens,
     )
 
 

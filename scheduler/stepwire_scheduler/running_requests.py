@@ -320,6 +320,8 @@ class RunningRequests:
             num_output_tokens=usage.num_output_tokens,
             num_cached_tokens=usage.num_cached_tokens,
             num_preemptions=usage.num_preemptions,
+            num_draft_tokens=usage.num_draft_tokens,
+            num_accepted_tokens=usage.num_accepted_tokens,
             queue_ms=round(timings.queue_ms, 1),
             ttft_ms=round(timings.ttft_ms, 1),
             e2e_ms=round(timings.e2e_ms, 1),

@@ -29,6 +29,8 @@ class ModelLimits:
     vocab_size: int
     max_model_len: int
     """Tokens, prompt and output."""
+    num_speculative_tokens: int = 0
+    """Most draft tokens a step for each sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,12 @@ def check_sampling_params(
         violations.add(f"{prefix}.min_tokens", "must not be above max_tokens")
     elif params.min_tokens >= limits.max_model_len:
         violations.add(f"{prefix}.min_tokens", f"must be below {limits.max_model_len}")
+    if params.num_speculative_tokens > limits.num_speculative_tokens:
+        most = limits.num_speculative_tokens
+        violations.add(
+            f"{prefix}.num_speculative_tokens",
+            f"must be in [0, {most}]" if most else "must be 0: this server does not speculate",
+        )
     _check_logit_bias(params, limits, violations)
     if len(params.stop) > MAX_STOP_STRINGS:
         violations.add(f"{prefix}.stop", f"must be at most {MAX_STOP_STRINGS} strings")
@@ -137,4 +145,7 @@ def with_defaults(
         ignore_eos=params.ignore_eos,
         num_logprobs=params.logprobs if params.HasField("logprobs") else None,
         n=params.n if params.HasField("n") else 1,
+        num_speculative_tokens=params.num_speculative_tokens
+        if params.HasField("num_speculative_tokens")
+        else limits.num_speculative_tokens,
     )

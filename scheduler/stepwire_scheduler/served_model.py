@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from stepwire.executor.v1.executor_pb2 import DescribeResponse
 
 from stepwire_scheduler.config import SchedulerConfig
+from stepwire_scheduler.errors import ExecutorMismatchError
 
 
 class ServingState(enum.Enum):
@@ -51,6 +52,10 @@ class ServedModel:
     device: str
     max_num_seqs: int
     max_num_batched_tokens: int
+    speculative_method: str = ""
+    """Empty: none."""
+    num_speculative_tokens: int = 0
+    """Most draft tokens a step for each sequence."""
 
 
 def served_model(descriptions: Sequence[DescribeResponse], config: SchedulerConfig) -> ServedModel:
@@ -79,4 +84,21 @@ def served_model(descriptions: Sequence[DescribeResponse], config: SchedulerConf
             config.max_num_batched_tokens or description.max_num_batched_tokens,
             description.max_num_batched_tokens,
         ),
+        speculative_method=config.speculative_method or "",
+        num_speculative_tokens=config.max_num_drafts,
     )
+
+
+def check_speculation(description: DescribeResponse, config: SchedulerConfig) -> None:
+    """Raise ExecutorMismatchError, which names the fix, where executors cannot speculate so."""
+    if config.speculative_method == "draft_model" and not description.draft_model:
+        raise ExecutorMismatchError(
+            "--speculative-method draft_model needs executors with a draft model: start them with "
+            "--speculative-model, or choose ngram or suffix"
+        )
+    if config.max_num_drafts >= description.max_num_batched_tokens:
+        raise ExecutorMismatchError(
+            f"--num-speculative-tokens {config.max_num_drafts} and the token before them do not "
+            f"fit in the executors' --max-num-batched-tokens {description.max_num_batched_tokens}: "
+            "lower the one or raise the other"
+        )

@@ -174,6 +174,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             response.device = model.device
             response.max_num_seqs = model.max_num_seqs
             response.max_num_batched_tokens = model.max_num_batched_tokens
+            response.speculative_method = model.speculative_method
+            response.num_speculative_tokens = model.num_speculative_tokens
         return response
 
     async def Tokenize(
@@ -246,7 +248,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise InvalidRequestError([FieldViolation(field="input", description="must be set")])
         validated = await validate_input(
             request.input,
-            limits=ModelLimits(vocab_size=model.vocab_size, max_model_len=model.max_model_len),
+            limits=ModelLimits(
+                vocab_size=model.vocab_size,
+                max_model_len=model.max_model_len,
+                num_speculative_tokens=model.num_speculative_tokens,
+            ),
             tokenizer=tokenizer,
             arrival_ms=arrival_ms,
             deadline_ms=arrival_ms + self._time_allowed_ms(context),

@@ -35,7 +35,13 @@ from stepwire_scheduler.planner import Planner, PlannerConfig
 from stepwire_scheduler.request_stream import RequestStream, StreamReader
 from stepwire_scheduler.running_requests import RunningRequests
 from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
-from stepwire_scheduler.served_model import LoadProgress, ServedModel, ServingState, served_model
+from stepwire_scheduler.served_model import (
+    LoadProgress,
+    ServedModel,
+    ServingState,
+    check_speculation,
+    served_model,
+)
 from stepwire_scheduler.speculation import Speculator
 from stepwire_scheduler.tls import executor_tls
 
@@ -204,7 +210,7 @@ class StepLoop:
         config = self._config
         addresses = (config.executor_addresses, *config.standby_executor_addresses)
         groups = [ExecutorGroup(each, self._plan_log, executor_tls(config)) for each in addresses]
-        self._groups = ExecutorGroups(groups)
+        self._groups = ExecutorGroups(groups, lambda offered: check_speculation(offered, config))
         epoch = time.time_ns()  # above any epoch of a scheduler before this one
         try:
             while True:

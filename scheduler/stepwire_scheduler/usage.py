@@ -13,6 +13,10 @@ class Usage:
     num_cached_tokens: int
     """Of the first sequence."""
     num_preemptions: int
+    num_draft_tokens: int = 0
+    """Proposed by speculation and verified, over all sequences."""
+    num_accepted_tokens: int = 0
+    """Those of them that the model sampled as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,6 +64,9 @@ class FakeGenerationService(pb_grpc.GenerationServiceServicer):
     """Most unary requests that ran at once."""
     num_refusals: int = 0
     """How many unary requests are refused with a full queue before any is taken."""
+    num_draft_tokens: int = 0
+    """What usage says of speculation."""
+    num_accepted_tokens: int = 0
     inputs: list[pb.GenerationInput] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     """Set when the client ends a "slow" stream."""
@@ -140,6 +143,8 @@ class FakeGenerationService(pb_grpc.GenerationServiceServicer):
                 num_prompt_tokens=len(tokens),
                 num_output_tokens=len(tokens),
                 num_cached_tokens=len(tokens) // 2,
+                num_draft_tokens=self.num_draft_tokens,
+                num_accepted_tokens=self.num_accepted_tokens,
             ),
             timings=pb.Timings(queue_ms=1, ttft_ms=2, tpot_ms=3, e2e_ms=4),
         )

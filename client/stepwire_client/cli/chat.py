@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stepwire_client.cli.options import (
@@ -48,6 +49,8 @@ def chat(
         First message of the conversation.
     """
     params = (sampling or SamplingOptions()).to_params()
+    if address is not None and cluster is not None:  # the server's own; a request may ask for less
+        params = replace(params, num_speculative_tokens=cluster.num_speculative_tokens)
     opening = [ChatMessage("system", system)] if system is not None else []
     credentials = (connection or ConnectionOptions()).to_credentials()
     with _connected(address, credentials, model, cluster or ClusterOptions()) as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from stepwire_client.cli.options import ConnectionOptions, SamplingOptions
 from stepwire_client.cli.screen import closing_line, note
@@ -15,6 +16,7 @@ def complete(
     /,
     *,
     address: str = DEFAULT_ADDRESS,
+    num_speculative_tokens: int | None = None,
     sampling: SamplingOptions | None = None,
     connection: ConnectionOptions | None = None,
 ) -> None:
@@ -28,8 +30,12 @@ def complete(
         The text.
     address
         Of the scheduler, HOST:PORT.
+    num_speculative_tokens
+        Most draft tokens a step; 0 turns speculation off, and more than the server's is refused.
     """
-    params = (sampling or SamplingOptions()).to_params()
+    params = replace(
+        (sampling or SamplingOptions()).to_params(), num_speculative_tokens=num_speculative_tokens
+    )
     credentials = (connection or ConnectionOptions()).to_credentials()
     with (
         Client(address, credentials=credentials) as client,

@@ -18,6 +18,8 @@ from stepwire_client.cluster_config import (
     KVCacheDtype,
     LoadFormat,
     SchedulingPolicy,
+    SpeculativeMethod,
+    SpeculativeVerification,
 )
 from stepwire_client.credentials import Credentials
 from stepwire_client.params import SamplingParams
@@ -64,11 +66,19 @@ class ClusterOptions:
     """Order of admission."""
     enable_prefix_caching: bool | None = None
     """Whether prompts share the KV blocks of equal beginnings."""
+    speculative_method: SpeculativeMethod | None = None
+    """Where draft tokens come from: what was said before, or a draft model."""
+    speculative_model: str | None = None
+    """The draft model: a name, a folder or a .gguf file; needs the model's tokenizer."""
+    num_speculative_tokens: int | None = None
+    """Most draft tokens a step for each sequence."""
+    speculative_verification: SpeculativeVerification | None = None
+    """sampled keeps every token as without drafts, rejection only how likely each is."""
 
     def to_config(self, model: Path, **more: Any) -> ClusterConfig:
-        """The cluster's configuration; more sets fields that are no options."""
+        """The cluster's configuration; more sets fields that are no options, and overrides them."""
         chosen = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ClusterConfig(model=model, **chosen, **more)
+        return ClusterConfig(model=model, **chosen | more)
 
 
 @Parameter(name="*")

@@ -41,11 +41,15 @@ def describe_model(model: ModelInfo) -> str:
         on_ranks = (
             f" ({host.in_bytes(max(model.rank_weight_bytes))} at most on each of {num_ranks} ranks)"
         )
+    drafts = ""
+    if model.speculative_method:
+        drafts = f", up to {model.num_speculative_tokens} drafts by {model.speculative_method}"
     return (
         f"{model.model}: {model.architecture}, {model.dtype} on {model.device}, weights "
         f"{host.in_bytes(model.weight_bytes)}{on_ranks}, KV {model.kv_cache_dtype} "
         f"{host.in_bytes(model.kv_cache_bytes)} = {model.num_blocks} blocks of "
         f"{model.block_size} = {pool} tokens, up to {model.max_num_seqs} sequences"
+        f"{drafts}"
     )
 
 
@@ -57,6 +61,12 @@ def closing_line(usage: Usage, timings: Timings, *, first_token_s: float | None)
         f"TTFT {timings.ttft_ms:.0f} ms",
         f"TPOT {timings.tpot_ms:.1f} ms",
     ]
+    if usage.num_draft_tokens:
+        share = usage.num_accepted_tokens / usage.num_draft_tokens
+        parts.append(
+            f"{usage.num_accepted_tokens} of {usage.num_draft_tokens} drafted tokens accepted "
+            f"({share:.0%})"
+        )
     if timings.e2e_ms > 0:
         parts.append(f"{usage.num_output_tokens / timings.e2e_ms * 1000:.1f} tok/s")
     if first_token_s is not None:

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from stepwire_client.cli.options import DEFAULT_MODEL, ClusterOptions, settings_in_force
 from stepwire_client.cli.screen import PhaseProgress, banner, describe_model, note
-from stepwire_client.cli.session import fetch_model, served_name
+from stepwire_client.cli.session import cluster_config
 from stepwire_client.cluster_config import ClusterConfig
 from stepwire_client.credentials import is_local
 from stepwire_client.local_cluster import LocalCluster
@@ -67,11 +67,10 @@ def serve(
     """
     options = cluster or ClusterOptions()
     banner(settings_in_force(model, options))
-    path = fetch_model(model)
     metrics_host = host if insecure or is_local(f"{host}:{metrics_port}") else "127.0.0.1"
-    config = options.to_config(
-        path,
-        served_model_name=served_name(model),
+    config = cluster_config(
+        model,
+        options,
         listen=f"{host}:{port}",
         metrics_listen=f"{metrics_host}:{metrics_port}" if metrics_port else None,
         tls_cert=tls_cert,

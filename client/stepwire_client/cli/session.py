@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepwire_client import models
 from stepwire_client.cli.options import ClusterOptions
 from stepwire_client.cli.screen import PhaseProgress, describe_model, note
+from stepwire_client.cluster_config import ClusterConfig
 from stepwire_client.local_cluster import LocalCluster
 
 if TYPE_CHECKING:
@@ -24,6 +25,14 @@ def fetch_model(name_or_path: str) -> Path:
         return models.pull(name_or_path, progress.update)
 
 
+def cluster_config(model: str, options: ClusterOptions, **more: Any) -> ClusterConfig:
+    """What to start for a model, fetched with its draft model; more sets further fields."""
+    path = fetch_model(model)
+    if options.speculative_model is not None:
+        more["speculative_model"] = fetch_model(options.speculative_model)
+    return options.to_config(path, served_model_name=served_name(model), **more)
+
+
 def served_name(name_or_path: str) -> str | None:
     """The name that clients see: a known model's; else the scheduler takes the path's."""
     return name_or_path if name_or_path in models.MODELS else None
@@ -32,8 +41,7 @@ def served_name(name_or_path: str) -> str | None:
 @contextmanager
 def own_cluster(model: str, options: ClusterOptions) -> Iterator[Client]:
     """Start a cluster and wait until it is ready; stop it at the end."""
-    path = fetch_model(model)
-    config = options.to_config(path, served_model_name=served_name(model))
+    config = cluster_config(model, options)
     with ExitStack() as stack:
         with PhaseProgress() as progress:
             progress.update("start", 0.0)

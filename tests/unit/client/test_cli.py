@@ -99,6 +99,43 @@ def test_run_prints_the_answer_and_nothing_else_on_stdout(
     assert sent.sampling_params.temperature == 0.0
 
 
+def test_run_tells_both_processes_how_to_speculate(
+    run: Run, configs: list[ClusterConfig], service: FakeGenerationService, tmp_path: Path
+) -> None:
+    (tmp_path / "draft").mkdir()
+    flags = ("--speculative-model", "./draft", "--num-speculative-tokens", "3")
+    service.num_draft_tokens, service.num_accepted_tokens = 8, 6
+    code, _, err = run("run", "hi", "--model", "./model", *flags)
+    assert code == 0
+    assert "6 of 8 drafted tokens accepted (75%)" in err.splitlines()[-1]
+    (config,) = configs
+    assert (config.speculative_model, config.num_speculative_tokens) == (Path("draft"), 3)
+    assert not service.inputs[0].sampling_params.HasField("num_speculative_tokens")
+
+
+def test_nothing_is_said_of_drafts_where_there_are_none(
+    run: Run, configs: list[ClusterConfig]
+) -> None:
+    assert "draft" not in run("run", "hi", "--model", "./model")[2]
+
+
+@pytest.mark.parametrize("command", ["complete", "chat"])
+def test_a_request_to_a_running_server_may_ask_for_fewer_drafts(
+    run: Run,
+    address: str,
+    service: FakeGenerationService,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    text = ["hi"] if command == "complete" else []
+    code, _, _ = run(command, *text, "--address", address, "--num-speculative-tokens", "0")
+    assert code == 0
+    sent = service.inputs[0].sampling_params
+    assert sent.HasField("num_speculative_tokens")
+    assert sent.num_speculative_tokens == 0
+
+
 def test_run_raw_sends_the_text_as_it_is(
     run: Run, configs: list[ClusterConfig], service: FakeGenerationService
 ) -> None:

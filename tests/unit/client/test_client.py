@@ -103,6 +103,7 @@ def test_every_parameter_reaches_the_server(client: Client, service: FakeGenerat
         ignore_eos=True,
         logprobs=0,
         n=2,
+        num_speculative_tokens=0,
     )
     client.generate("x", params)
     sent = service.inputs[0].sampling_params

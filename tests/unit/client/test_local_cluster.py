@@ -12,10 +12,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stepwire_client import ClusterConfig, LocalCluster, executor_probe, local_cluster
-from stepwire_client.errors import ClusterError, ProcessExitedError, StartTimeoutError
+from stepwire_client.errors import (
+    ClusterError,
+    ProcessExitedError,
+    SettingError,
+    StartTimeoutError,
+)
 from stepwire_client.managed_process import last_message
 
 FAKE = str(Path(__file__).with_name("fake_process.py"))
@@ -108,6 +114,45 @@ def test_flags_that_are_set_reach_the_process_that_owns_them(
         f"--model model --executor {executor_address} --listen 127.0.0.1:0 "
         "--served-model-name name --scheduling-policy priority --no-enable-prefix-caching"
     )
+
+
+def test_each_process_is_told_its_part_of_speculation() -> None:
+    model = ClusterConfig(model=Path("m"))
+    by_lookup = replace(model, speculative_method="suffix", num_speculative_tokens=3)
+    assert by_lookup.executor_arguments(listen="l") == model.executor_arguments(listen="l")
+    assert " ".join(by_lookup.scheduler_arguments(executor="e")) == (
+        "--model m --executor e --listen 127.0.0.1:0 --num-speculative-tokens 3 "
+        "--speculative-method suffix"
+    )
+    by_model = replace(model, speculative_model=Path("d"), speculative_verification="rejection")
+    assert " ".join(by_model.executor_arguments(listen="l")) == (
+        "--model m --listen l --speculative-model d --speculative-verification rejection"
+    )
+    assert " ".join(by_model.scheduler_arguments(executor="e")).endswith(
+        "--speculative-method draft_model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"speculative_method": "draft_model"}, "needs --speculative-model"),
+        ({"speculative_method": "ngram", "speculative_model": Path("d")}, "has no use for"),
+    ],
+)
+def test_what_does_not_fit_together_starts_no_process(
+    config: ClusterConfig, record: Path, settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(SettingError, match=named):
+        LocalCluster(replace(config, **settings)).start()
+    assert not record.exists()
+
+
+def test_a_draft_model_may_be_named_in_the_environment(config: ClusterConfig) -> None:
+    by_model = replace(config, speculative_method="draft_model")
+    by_model.check({"STEPWIRE_EXECUTOR_SPECULATIVE_MODEL": "d"})
+    with pytest.raises(SettingError):
+        by_model.check({})
 
 
 @pytest.mark.parametrize("role", ["executor", "scheduler"])

@@ -7,6 +7,7 @@ from stepwire_scheduler.command_line import parse_config
 from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.errors import ConfigError
 
+NGRAM = ("--model", "m", "--speculative-method", "ngram")
 TLS = ("--tls-cert", "c", "--tls-key", "k")
 
 
@@ -76,6 +77,17 @@ def test_groups_that_stand_by_are_repeated_or_separated_by_semicolons() -> None:
         (["--model", "m", "--executor-tls-server-name", "n"], "--executor-tls-ca"),
         (["--model", "m", "--executor", ""], "--executor"),
         (["--model", "m", "--executor", "nowhere"], "HOST:PORT"),
+        (["--model", "m", "--speculative-method", "magic"], "ngram, suffix, draft_model"),
+        (["--model", "m", "--num-speculative-tokens", "3"], "needs --speculative-method"),
+        ([*NGRAM, "--num-speculative-tokens", "0"], "at least 1"),
+        ([*NGRAM, "--num-speculative-tokens", "-1"], "--num-speculative-tokens"),
+        ([*NGRAM, "--num-speculative-tokens", "17"], "at most 16"),
+        ([*NGRAM, "--num-speculative-tokens", "100000"], "at most 16"),
+        (
+            [*NGRAM, "--num-speculative-tokens", "8", "--max-num-batched-tokens", "8"],
+            "--max-num-batched-tokens 8",
+        ),
+        ([*NGRAM, "--max-num-batched-tokens", "5"], "--num-speculative-tokens 5"),
         (["--model", "m", "--unknown"], "--unknown"),
         (["--model", "m", "--max-num"], "--max-num"),
     ],
@@ -110,3 +122,15 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert "--max-num-batched-tokens" in shown
     assert "Most tokens in one step" in shown
+
+
+def test_a_method_drafts_five_tokens_unless_told_otherwise() -> None:
+    assert parse_config(["--model", "m"], {}).max_num_drafts == 0
+    assert parse_config(NGRAM, {}).max_num_drafts == 5
+    config = parse_config([*NGRAM, "--num-speculative-tokens", "16"], {})
+    assert config.max_num_drafts == 16
+
+
+def test_a_step_may_be_one_draft_and_the_token_before_it() -> None:
+    arguments = [*NGRAM, "--num-speculative-tokens", "7", "--max-num-batched-tokens", "8"]
+    assert parse_config(arguments, {}).max_num_drafts == 7

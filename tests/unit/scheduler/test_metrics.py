@@ -26,6 +26,7 @@ def metrics() -> Metrics:
     metrics.on_epoch_ended("overdue", num_running=2)
     metrics.on_epoch_ended("overdue", num_running=3)
     metrics.set_ready_standbys(1)
+    metrics.on_drafts([(4, 3), (0, 0), (2, 0), (3, 1)])
     metrics.set_model_load(fraction=0.5, elapsed_seconds=3.0, is_ready=False)
     metrics.on_step(
         num_running=3,
@@ -61,6 +62,9 @@ def metrics() -> Metrics:
         ("stepwire_sequences_handed_over_total", 4),
         ("stepwire_sequences_resumed_total", 5),
         ("stepwire_standby_groups_ready", 1),
+        ("stepwire_spec_drafts_total", 3),
+        ("stepwire_spec_draft_tokens_total", 9),
+        ("stepwire_spec_accepted_tokens_total", 4),
     ],
 )
 def test_events_are_counted_under_names_with_units(
@@ -73,6 +77,18 @@ def test_epochs_are_counted_by_why_they_ended(metrics: Metrics) -> None:
     value = metrics.registry.get_sample_value
     assert value("stepwire_epochs_ended_total", {"cause": "handover"}) == 1
     assert value("stepwire_epochs_ended_total", {"cause": "overdue"}) == 2
+
+
+def test_accepted_drafts_are_counted_by_position(metrics: Metrics) -> None:
+    value = metrics.registry.get_sample_value
+    name, alias = (
+        "stepwire_spec_accepted_per_pos_total",
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+    )
+    counts = [value(name, {"position": str(position)}) for position in range(4)]
+    assert counts == [2, 1, 1, None]
+    labels = {"position": "0", "model_name": "tiny", "engine": "0"}
+    assert value(alias, labels) == 2
 
 
 @pytest.mark.parametrize(
@@ -89,6 +105,9 @@ def test_epochs_are_counted_by_why_they_ended(metrics: Metrics) -> None:
         ("vllm:num_preemptions_total", 2),
         ("vllm:prefix_cache_queries_total", 100),
         ("vllm:prefix_cache_hits_total", 64),
+        ("vllm:spec_decode_num_drafts_total", 3),
+        ("vllm:spec_decode_num_draft_tokens_total", 9),
+        ("vllm:spec_decode_num_accepted_tokens_total", 4),
     ],
 )
 def test_the_fields_names_show_the_same_values(metrics: Metrics, sample: str, value: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -25,6 +26,7 @@ from stepwire_scheduler.sequence import FinishReason, Logprobs
 from stepwire_scheduler.served_model import ServingState
 from stepwire_scheduler.tokenizer import Tokenizer
 from support.scheduler_fakes import (
+    MODEL,
     FakeStepLoop,
     answer_hello,
     delta,
@@ -158,6 +160,22 @@ async def test_cancel_names_what_was_running(tokenizer: Tokenizer) -> None:
     assert harness.step_loop.running == {"b"}
 
 
+async def test_usage_counts_drafts_over_all_sequences(tokenizer: Tokenizer) -> None:
+    def script(stream: RequestStream) -> None:
+        for progress, counts in zip(stream.progress, [(7, 3), (2, 0)], strict=True):
+            sequence = progress.sequence
+            sequence.num_draft_tokens, sequence.num_accepted_tokens = counts
+        answer_hello(stream)
+
+    message = pb.GenerationInput(text="hi", sampling_params=pb.SamplingParams(n=2))
+    async with served(tokenizer, FakeStepLoop(script)) as harness:
+        answer = await harness.stub.Generate(pb.GenerateRequest(input=message))
+        call = harness.stub.GenerateStream(pb.GenerateStreamRequest(input=message))
+        last = (await read_all(call))[-1]
+    for usage in (answer.usage, last.completed.usage):
+        assert (usage.num_draft_tokens, usage.num_accepted_tokens) == (9, 3)
+
+
 async def test_get_model_answers_in_every_state(tokenizer: Tokenizer) -> None:
     step_loop = FakeStepLoop(state=ServingState.CONNECTING, model=None)
     async with served(None, step_loop) as harness:
@@ -179,6 +197,10 @@ async def test_get_model_answers_in_every_state(tokenizer: Tokenizer) -> None:
         assert response.state == pb.MODEL_STATE_READY
         assert (response.model, response.vocab_size, response.max_model_len) == ("tiny", 400, 128)
         assert response.has_chat_template
+        assert (response.speculative_method, response.num_speculative_tokens) == ("", 0)
+        step_loop.model = replace(MODEL, speculative_method="ngram", num_speculative_tokens=5)
+        response = await harness.stub.GetModel(request)
+        assert (response.speculative_method, response.num_speculative_tokens) == ("ngram", 5)
         step_loop.state = ServingState.DRAINING
         assert (await harness.stub.GetModel(request)).state == pb.MODEL_STATE_DRAINING
 

@@ -402,6 +402,7 @@ async def test_requests_are_refused_until_the_executors_are_ready() -> None:
         ({"model_fingerprint": "other"}, "--model"),
         ({"block_size": 8}, "--block-size"),
         ({"dtype": "float16"}, "--dtype"),
+        ({"draft_model": "small"}, "--speculative-model"),
         ({"rank": 0}, "rank 1 is missing and rank 0 is there more than once: name each rank once"),
         ({"world_size": 3}, "--tensor-parallel-size"),
     ],
@@ -416,6 +417,39 @@ async def test_executors_that_disagree_never_serve_and_say_why(
         assert loop.state is not ServingState.READY
         with pytest.raises(NotReadyError):
             loop.submit(request())
+
+
+@pytest.mark.parametrize(
+    ("settings", "description", "fix"),
+    [
+        ({"speculative_method": "draft_model"}, {}, "start them with --speculative-model"),
+        (
+            {"speculative_method": "ngram", "num_speculative_tokens": 8},
+            {"max_num_batched_tokens": 8},
+            "do not fit in the executors' --max-num-batched-tokens 8",
+        ),
+    ],
+)
+async def test_executors_that_cannot_speculate_as_set_never_serve_and_say_why(
+    settings: dict[str, Any], description: dict[str, Any], fix: str
+) -> None:
+    executor = HashingExecutor(description=description)
+    async with served(executor) as port, looping(port, **settings) as loop:
+        await eventually(lambda: fix in loop.load_progress.phase)
+        assert loop.state is not ServingState.READY
+        assert executor.num_epochs == 0
+
+
+async def test_executors_with_a_draft_model_serve_what_asks_for_one() -> None:
+    executor = HashingExecutor(description={"draft_model": "small"})
+    settings = {"speculative_method": "draft_model", "num_speculative_tokens": 3}
+    async with served(executor) as port, looping(port, **settings) as loop:
+        await ready(loop)
+        assert loop.model is not None
+        assert (loop.model.speculative_method, loop.model.num_speculative_tokens) == (
+            "draft_model",
+            3,
+        )
 
 
 async def test_ranks_that_agree_serve_as_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tiny_tokenizer(Path(tmp_path_factory.mktemp("model")))
 
 
-async def validate(message: pb.GenerationInput, tokenizer: Tokenizer) -> Request:
+async def validate(
+    message: pb.GenerationInput, tokenizer: Tokenizer, limits: ModelLimits = LIMITS
+) -> Request:
     return await validate_input(
-        message, limits=LIMITS, tokenizer=tokenizer, arrival_ms=5.0, deadline_ms=9.0
+        message, limits=limits, tokenizer=tokenizer, arrival_ms=5.0, deadline_ms=9.0
     )
 
 
@@ -154,6 +157,36 @@ async def test_a_prompt_that_cannot_run_is_named(
     tokenizer: Tokenizer, message: pb.GenerationInput, field: str
 ) -> None:
     assert await faults(message, tokenizer) == [field]
+
+
+async def test_drafts_are_as_many_as_asked_for_and_by_default_the_servers(
+    tokenizer: Tokenizer,
+) -> None:
+    limits = replace(LIMITS, num_speculative_tokens=4)
+    for message, expected in (
+        (with_params(), 4),
+        (with_params(num_speculative_tokens=0), 0),
+        (with_params(num_speculative_tokens=3), 3),
+        (with_params(num_speculative_tokens=4), 4),
+    ):
+        request = await validate(message, tokenizer, limits)
+        assert request.sampling_params.num_speculative_tokens == expected
+    for message in (with_params(), with_params(num_speculative_tokens=0)):
+        request = await validate(message, tokenizer)
+        assert request.sampling_params.num_speculative_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "limit", "said"),
+    [(5, 4, r"in \[0, 4\]"), (2**32 - 1, 4, r"in \[0, 4\]"), (1, 0, "does not speculate")],
+)
+async def test_more_drafts_than_the_server_makes_are_refused(
+    tokenizer: Tokenizer, num_drafts: int, limit: int, said: str
+) -> None:
+    message = with_params(num_speculative_tokens=num_drafts)
+    with pytest.raises(InvalidRequestError, match=said) as caught:
+        await validate(message, tokenizer, replace(LIMITS, num_speculative_tokens=limit))
+    assert [each.field for each in caught.value.violations] == [f"{PARAMS}.num_speculative_tokens"]
 
 
 async def test_an_unknown_role_is_refused_in_the_templates_words(tokenizer: Tokenizer) -> None:
