@@ -20,6 +20,7 @@ BENCHMARKS = (
     "transformers_static",
     "time_to_first_token",
     "serving",
+    "speculation",
     "fp8_kv",
     "kernels_cpu",
     "overload",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
 from stepwire_client.aio import AsyncClient
 from stepwire_client.benchmark.load import RequestRecord, run_load
 from stepwire_client.benchmark.workload import WorkItem
@@ -55,3 +58,22 @@ async def generate_all(
                 f"a request made {len(record.token_times)} tokens, not {item.output_len}"
             )
     return records, duration_s
+
+
+def read_metrics(address: str) -> dict[str, float]:
+    """Every sample without labels of what the scheduler says."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.labels
+    }
+
+
+def free_address() -> str:
+    """HOST:PORT of this machine that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"

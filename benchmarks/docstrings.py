@@ -22,7 +22,7 @@ def paragraphs() -> Iterator[str]:
     stop. So the text depends on the version of Python only.
     """
     seen: set[str] = set()
-    for file in _files():
+    for file in public_files():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if not isinstance(
@@ -49,7 +49,8 @@ def is_prose(paragraph: str) -> bool:
     )
 
 
-def _files() -> Iterator[Path]:
+def public_files() -> Iterator[Path]:
+    """Sources of the public modules, in the order of modules and files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for name in sorted(sys.stdlib_module_names):
         if name.startswith("_"):

@@ -20,18 +20,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import socket
-import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from prometheus_client.parser import text_string_to_metric_families
 from stepwire_client.aio import AsyncClient
 from stepwire_client.benchmark.workload import WorkItem
 from stepwire_client.events import ModelInfo
 
-from benchmarks.cluster import DEFAULT_MODEL, generate_all, local_cluster
+from benchmarks.cluster import (
+    DEFAULT_MODEL,
+    free_address,
+    generate_all,
+    local_cluster,
+    read_metrics,
+)
 from benchmarks.common import Figures, finish, markdown_table, ratios, show, spread
 
 CLAIM = "With two plans in flight the executor idles at most 3% of the time."
@@ -49,18 +52,6 @@ class Variant:
     max_inflight_steps: int
     address: str
     metrics_address: str
-
-
-def read_metrics(address: str) -> dict[str, float]:
-    """Every sample without labels of what the scheduler says."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    return {
-        sample.name: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if not sample.labels
-    }
 
 
 def step_figures(before: Samples, after: Samples) -> dict[str, float]:
@@ -178,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         variants = []
         for inflight in INFLIGHT:
-            metrics_address = _free_address()
+            metrics_address = free_address()
             cluster, model = stack.enter_context(
                 local_cluster(
                     options.model,
@@ -205,12 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         )
     finish("pipelining", parameters=vars(options), figures=figures, table=markdown(figures))
-
-
-def _free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 if __name__ == "__main__":

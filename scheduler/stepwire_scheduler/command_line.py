@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from stepwire_scheduler.config import MAX_NUM_SPECULATIVE_TOKENS, SchedulerConfig
+from stepwire_scheduler.config import (
+    MAX_NUM_SPECULATIVE_TOKENS,
+    MAX_SPECULATIVE_HISTORY_TOKENS,
+    MAX_SPECULATIVE_NGRAM,
+    SchedulerConfig,
+)
 from stepwire_scheduler.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "STEPWIRE_SCHEDULER_"
@@ -24,6 +29,7 @@ _AT_LEAST_ZERO = {
     "drain_timeout_ms",
     "resume_retention_ms",
     "max_retained_bytes",
+    "speculative_history_tokens",
 }
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
@@ -246,4 +252,15 @@ def _check_speculation(config: SchedulerConfig) -> None:
         raise ConfigError(
             f"--num-speculative-tokens {config.max_num_drafts} and the token before them do not "
             f"fit in --max-num-batched-tokens {budget}: lower the one or raise the other"
+        )
+    low, high = config.speculative_ngram_min, config.speculative_ngram_max
+    if not low <= high <= MAX_SPECULATIVE_NGRAM:
+        raise ConfigError(
+            "--speculative-ngram-min must not be above --speculative-ngram-max, nor that above "
+            f"{MAX_SPECULATIVE_NGRAM}: they are {low} and {high}"
+        )
+    if config.speculative_history_tokens > MAX_SPECULATIVE_HISTORY_TOKENS:
+        raise ConfigError(
+            f"--speculative-history-tokens must be at most {MAX_SPECULATIVE_HISTORY_TOKENS}, "
+            f"not {config.speculative_history_tokens}"
         )

@@ -12,6 +12,8 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 DEFAULT_NUM_SPECULATIVE_TOKENS = 5
 MAX_NUM_SPECULATIVE_TOKENS = 16
 """A longer draft is hardly ever accepted to its end."""
+MAX_SPECULATIVE_NGRAM = 32
+MAX_SPECULATIVE_HISTORY_TOKENS = 4_194_304
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,12 @@ class SchedulerConfig:
     num_speculative_tokens: int | None = None
     """Most draft tokens a step for each sequence, 1 to 16; fewer where fewer pay. Default: 5 where
     there is a method."""
+    speculative_ngram_min: int = 2
+    """ngram and suffix: fewest tokens that must repeat before a draft."""
+    speculative_ngram_max: int = 16
+    """ngram: most tokens that are compared."""
+    speculative_history_tokens: int = 65_536
+    """suffix: tokens of ended requests that are kept for each tenant; 0: none."""
     max_queued_requests: int = 256
     """Requests that may wait; one more is RESOURCE_EXHAUSTED."""
     max_queued_tokens: int = 262_144

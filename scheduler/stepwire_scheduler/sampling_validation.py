@@ -147,5 +147,5 @@ def with_defaults(
         n=params.n if params.HasField("n") else 1,
         num_speculative_tokens=params.num_speculative_tokens
         if params.HasField("num_speculative_tokens")
-        else limits.num_speculative_tokens,
+        else None,
     )

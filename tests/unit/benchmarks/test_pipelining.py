@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from stepwire_scheduler.metrics import Metrics, serve_metrics
 
+from benchmarks.cluster import read_metrics
 from benchmarks.common import ratios, spread
-from benchmarks.pipelining import INFLIGHT, markdown, read_metrics, step_figures
+from benchmarks.pipelining import INFLIGHT, markdown, step_figures
 
 
 def note_steps(metrics: Metrics, num_steps: int, *, busy_s: float, idle_s: float) -> None:
