@@ -127,7 +127,9 @@ class Drafting:
             self.is_inflight = False
         num_unverified = sum(plan.work_num_drafts) - sum(num_drafted_of)
         speculator.note_step(
-            num_tokens=plan.num_scheduled_tokens - num_unverified, busy_ms=outcome.busy_ms
+            num_tokens=plan.num_scheduled_tokens - num_unverified,
+            busy_ms=outcome.busy_ms,
+            num_drafts=sum(plan.work_num_drafts),
         )
         return updates
 

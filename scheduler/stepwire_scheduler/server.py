@@ -21,8 +21,9 @@ from stepwire_scheduler.logs import get_logger
 from stepwire_scheduler.metrics import Metrics, serve_metrics
 from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.rpc_handlers import SERVICE_NAME, add_generation_service
-from stepwire_scheduler.served_model import ServingState
+from stepwire_scheduler.served_model import ServedModel, ServingState
 from stepwire_scheduler.service import GenerationService
+from stepwire_scheduler.speculation import SpeculationConfig, Speculator, make_speculator
 from stepwire_scheduler.step_loop import StepLoop
 from stepwire_scheduler.tenants import Authenticator, TokensFile
 from stepwire_scheduler.tls import port_files, server_credentials
@@ -61,7 +62,7 @@ async def serve(
     if config.plan_log is not None:
         plan_log = PlanLog(Path(config.plan_log), max_bytes=config.plan_log_max_bytes)
     authenticator = Authenticator(tokens, on_refused=metrics.on_rejected)
-    step_loop = StepLoop(config, metrics, plan_log)
+    step_loop = StepLoop(config, metrics, plan_log, make_speculator=_make_speculator)
     service = GenerationService(config, step_loop, metrics, model_name)
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     add_generation_service(service, server, authenticator)
@@ -111,6 +112,20 @@ async def serve(
         if plan_log is not None:
             plan_log.close()
     log.info("stopped")
+
+
+def _make_speculator(config: SchedulerConfig, model: ServedModel) -> Speculator | None:
+    if config.speculative_method is None:
+        return None
+    return make_speculator(
+        SpeculationConfig(
+            method=config.speculative_method,
+            num_speculative_tokens=model.num_speculative_tokens,
+            ngram_min=config.speculative_ngram_min,
+            ngram_max=config.speculative_ngram_max,
+            history_tokens=config.speculative_history_tokens,
+        )
+    )
 
 
 def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:

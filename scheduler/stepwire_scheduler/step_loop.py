@@ -285,6 +285,7 @@ class StepLoop:
             scheduling_policy=self._config.scheduling_policy,
             enable_prefix_caching=self._config.enable_prefix_caching,
             eos_token_ids=model.eos_token_ids,
+            has_draft_model=self._config.speculative_method == "draft_model",
             max_resumes=self._config.max_resumes,
         )
         is_other_model = self.model is not None and self.model.fingerprint != model.fingerprint
@@ -370,6 +371,7 @@ class StepLoop:
                 idle_seconds=reply.idle_ms / 1e3 if sent.had_work_before else 0.0,
                 num_batched_tokens=sent.num_tokens,
             )
+            self._metrics.on_drafts(planner.last_drafts)
 
     async def _until_handover(self, stream: PlanStream, planner: Planner) -> None:
         """Return once a rank is to end and every plan has its result."""

@@ -96,7 +96,14 @@ class ScriptedSpeculator:
         num_right = self._num_right.pop(id(sequence)) if num_drafted else 0
         assert num_accepted == min(num_right, num_drafted), "what was right was not accepted"
 
-    def note_step(self, *, num_tokens: int, busy_ms: float) -> None:
+    def note_step(
+        self,
+        *,
+        num_tokens: int,
+        busy_ms: float,
+        num_drafts: int = 0,
+        idle_ms: float | None = None,
+    ) -> None:
         assert num_tokens > 0
         assert busy_ms >= 0
         self.num_steps += 1

@@ -376,7 +376,14 @@ def test_the_speculator_learns_how_large_a_step_was() -> None:
     class Measuring(DraftModelSpeculator):
         sizes: list[int] = []  # noqa: RUF012 - one test's
 
-        def note_step(self, *, num_tokens: int, busy_ms: float) -> None:
+        def note_step(
+            self,
+            *,
+            num_tokens: int,
+            busy_ms: float,
+            num_drafts: int = 0,
+            idle_ms: float | None = None,
+        ) -> None:
             self.sizes.append(num_tokens)
             assert busy_ms == 1.0
 
