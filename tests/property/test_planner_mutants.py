@@ -52,14 +52,6 @@ def forget_samples_of_preempted_sequences(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RunningSet, "_preempt", drop)
 
 
-def preempt_the_earliest(patch: pytest.MonkeyPatch) -> None:
-    def earliest(running: RunningSet, sequence: Any, plan: Any) -> Any:
-        others = [o for o in running.sequences if o.last_step_id != plan.step_id]
-        return next((o for o in others if o is not sequence), None)
-
-    patch.setattr(RunningSet, "_choose_victim", earliest)
-
-
 def leave_the_slot_of_a_cancelled_sequence(patch: pytest.MonkeyPatch) -> None:
     finish = Planner.finish
 
@@ -184,7 +176,6 @@ PLANTS: tuple[Plant, ...] = (
     keep_evicted_blocks_in_the_prefix_cache,
     find_the_whole_prompt_in_the_cache,
     forget_samples_of_preempted_sequences,
-    preempt_the_earliest,
     leave_the_slot_of_a_cancelled_sequence,
     give_every_block_at_once,
     keep_epoch_state,

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Sequence_
 import pytest
 from stepwire_scheduler.plan import StepOutcome, StepPlan
 from stepwire_scheduler.planner import Planner, PlannerConfig
+from stepwire_scheduler.running_set import RunningSet
 from stepwire_scheduler.sequence import (
     FinishReason,
     Request,
@@ -160,6 +161,32 @@ def test_the_later_of_two_gives_way_when_blocks_run_out() -> None:
     while late.status is not SequenceStatus.FINISHED:
         step(planner)
     assert late.num_output_tokens == 15
+
+
+def test_an_earlier_one_that_is_not_in_the_step_keeps_its_blocks() -> None:
+    planner = make_planner(num_blocks=4, max_inflight_steps=2, max_num_prefill_tokens=32)
+    params = ({"max_tokens": 1}, {}, {})
+    first, second, third = (
+        submit(planner, range(i, i + 4), request_id=f"r{i}", **each)[0]
+        for i, each in zip((1, 11, 21), params, strict=True)
+    )
+    planner.plan(0.0)
+    assert planner.running == [first, second, third]
+    plan = planner.plan(0.0)  # the last token of the first is on its way
+    assert plan is not None
+    assert plan.work_sequences == [second]
+    assert third.slot not in plan.work_slots, "there was a block for one of them"
+    assert first.status is SequenceStatus.RUNNING
+
+
+def test_preempting_the_earliest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def earliest(running: RunningSet, sequence: Sequence, plan: StepPlan) -> Sequence | None:
+        others = [other for other in running.sequences if other.last_step_id != plan.step_id]
+        return next((other for other in others if other is not sequence), None)
+
+    monkeypatch.setattr(RunningSet, "_choose_victim", earliest)
+    with pytest.raises(AssertionError):
+        test_an_earlier_one_that_is_not_in_the_step_keeps_its_blocks()
 
 
 def test_priority_runs_first_and_keeps_its_blocks() -> None:
