@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from stepwire_scheduler.config import (
-    MAX_NUM_SPECULATIVE_TOKENS,
-    MAX_SPECULATIVE_HISTORY_TOKENS,
-    MAX_SPECULATIVE_NGRAM,
-    SchedulerConfig,
-)
+from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.errors import ConfigError
+from stepwire_scheduler.speculation.config import (
+    MAX_HISTORY_TOKENS,
+    MAX_NGRAM,
+    MAX_SPECULATIVE_TOKENS,
+)
 
 ENVIRONMENT_PREFIX = "STEPWIRE_SCHEDULER_"
 
@@ -242,9 +242,9 @@ def _check_speculation(config: SchedulerConfig) -> None:
             raise ConfigError(
                 "--num-speculative-tokens needs --speculative-method ngram, suffix or draft_model"
             )
-        if num_drafts > MAX_NUM_SPECULATIVE_TOKENS:
+        if num_drafts > MAX_SPECULATIVE_TOKENS:
             raise ConfigError(
-                f"--num-speculative-tokens must be at most {MAX_NUM_SPECULATIVE_TOKENS}, "
+                f"--num-speculative-tokens must be at most {MAX_SPECULATIVE_TOKENS}, "
                 f"not {num_drafts}"
             )
     budget = config.max_num_batched_tokens
@@ -254,13 +254,13 @@ def _check_speculation(config: SchedulerConfig) -> None:
             f"fit in --max-num-batched-tokens {budget}: lower the one or raise the other"
         )
     low, high = config.speculative_ngram_min, config.speculative_ngram_max
-    if not low <= high <= MAX_SPECULATIVE_NGRAM:
+    if not low <= high <= MAX_NGRAM:
         raise ConfigError(
             "--speculative-ngram-min must not be above --speculative-ngram-max, nor that above "
-            f"{MAX_SPECULATIVE_NGRAM}: they are {low} and {high}"
+            f"{MAX_NGRAM}: they are {low} and {high}"
         )
-    if config.speculative_history_tokens > MAX_SPECULATIVE_HISTORY_TOKENS:
+    if config.speculative_history_tokens > MAX_HISTORY_TOKENS:
         raise ConfigError(
-            f"--speculative-history-tokens must be at most {MAX_SPECULATIVE_HISTORY_TOKENS}, "
+            f"--speculative-history-tokens must be at most {MAX_HISTORY_TOKENS}, "
             f"not {config.speculative_history_tokens}"
         )

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SchedulingPolicy = Literal["fcfs", "priority"]
-SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
-LogLevel = Literal["debug", "info", "warning", "error"]
+from stepwire_scheduler.speculation.config import (
+    DEFAULT_SPECULATIVE_TOKENS,
+    SpeculativeMethod,
+)
 
-DEFAULT_NUM_SPECULATIVE_TOKENS = 5
-MAX_NUM_SPECULATIVE_TOKENS = 16
-"""A longer draft is hardly ever accepted to its end."""
-MAX_SPECULATIVE_NGRAM = 32
-MAX_SPECULATIVE_HISTORY_TOKENS = 4_194_304
+SchedulingPolicy = Literal["fcfs", "priority"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +49,7 @@ class SchedulerConfig:
     well: ngram and suffix look them up in what was said before, draft_model asks the executor's
     --speculative-model. Default: none."""
     num_speculative_tokens: int | None = None
-    """Most draft tokens a step for each sequence, 1 to 16; fewer where fewer pay. Default: 5 where
+    """Most draft tokens a step for each sequence, 1 to 16; fewer where fewer pay. Default: 7 where
     there is a method."""
     speculative_ngram_min: int = 2
     """ngram and suffix: fewest tokens that must repeat before a draft."""
@@ -118,4 +116,4 @@ class SchedulerConfig:
         """num_speculative_tokens in force: 0 without a method."""
         if self.speculative_method is None:
             return 0
-        return self.num_speculative_tokens or DEFAULT_NUM_SPECULATIVE_TOKENS
+        return self.num_speculative_tokens or DEFAULT_SPECULATIVE_TOKENS

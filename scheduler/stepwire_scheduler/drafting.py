@@ -80,11 +80,11 @@ class Drafting:
         return num_blocks * config.block_size - sequence.num_computed_tokens
 
     def book(
-        self, plan: StepPlan, outcome: StepOutcome, finish: FinishFunction
+        self, plan: StepPlan, outcome: StepOutcome, finish: FinishFunction, idle_ms: float | None
     ) -> list[SequenceUpdate]:
         """Append what a step sampled, cut at stop tokens, and settle its drafts.
 
-        finish: ends a sequence.
+        finish: ends a sequence. idle_ms: as Planner.commit has it.
         """
         counts, num_drafted_of = outcome.num_sampled_tokens, outcome.num_draft_tokens
         tables, speculator = self._running.block_tables, self._speculator
@@ -130,6 +130,7 @@ class Drafting:
             num_tokens=plan.num_scheduled_tokens - num_unverified,
             busy_ms=outcome.busy_ms,
             num_drafts=sum(plan.work_num_drafts),
+            idle_ms=idle_ms,
         )
         return updates
 

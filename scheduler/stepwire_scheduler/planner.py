@@ -111,10 +111,12 @@ class Planner:
         """When expire may next have something to do."""
         return self._deadlines.next_ms
 
-    def commit(self, outcome: StepOutcome) -> list[SequenceUpdate]:
+    def commit(self, outcome: StepOutcome, *, idle_ms: float | None = None) -> list[SequenceUpdate]:
         """Book the result of the oldest plan in flight.
 
-        Samples of sequences that have ended since are dropped; those of preempted ones count.
+        idle_ms: how long the executor had nothing to do before it; None where that was for want
+        of work. Samples of sequences that have ended since are dropped; those of preempted ones
+        count.
         """
         assert outcome.step_id == next(iter(self.inflight)), outcome.step_id
         plan = self.inflight.pop(outcome.step_id)
@@ -129,7 +131,7 @@ class Planner:
                     self.finish(sequence, FinishReason.ERROR)
                     updates.append(SequenceUpdate(sequence, error=reason))
         if self._drafting is not None:
-            updates += self._drafting.book(plan, outcome, self.finish)
+            updates += self._drafting.book(plan, outcome, self.finish, idle_ms)
         else:
             self._book(plan, outcome, updates)
         tables.pool.acknowledge(outcome.step_id)

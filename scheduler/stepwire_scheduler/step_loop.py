@@ -353,7 +353,8 @@ class StepLoop:
                 continue
             self._last_reply_ms = now_ms()
             sent = self._sent.pop(reply.outcome.step_id)
-            updates = planner.commit(reply.outcome)
+            idle_ms = reply.idle_ms if sent.had_work_before else None
+            updates = planner.commit(reply.outcome, idle_ms=idle_ms)
             self._wake.set()
             self._has_booked.set()
             self._requests.deliver(updates)
@@ -368,7 +369,7 @@ class StepLoop:
                 step_seconds=step_ms / 1e3,
                 wire_seconds=max(0.0, step_ms - reply.elapsed_ms) / 1e3,
                 busy_seconds=reply.outcome.busy_ms / 1e3,
-                idle_seconds=reply.idle_ms / 1e3 if sent.had_work_before else 0.0,
+                idle_seconds=(idle_ms or 0.0) / 1e3,
                 num_batched_tokens=sent.num_tokens,
             )
             self._metrics.on_drafts(planner.last_drafts)

@@ -88,7 +88,7 @@ class CheckedPlanner(Planner):
         if first_waiting is not None and admitted:
             self._require(max(admitted) < first_waiting, "a sequence was overtaken")
 
-    def commit(self, outcome: StepOutcome) -> list[SequenceUpdate]:
+    def commit(self, outcome: StepOutcome, *, idle_ms: float | None = None) -> list[SequenceUpdate]:
         world = self._world
         self._require(
             (world.epoch, outcome.step_id) not in world.poisoned,
@@ -100,7 +100,7 @@ class CheckedPlanner(Planner):
             world.failed_request_ids |= {
                 by_slot[slot].request.request_id for slot in outcome.failures
             }
-        updates = super().commit(outcome)
+        updates = super().commit(outcome, idle_ms=idle_ms)
         world.last_booked_s = world.now_ms / 1e3
         self._touched.pop(outcome.step_id, None)
         if world.is_tracing:

@@ -128,9 +128,9 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
     assert "Most tokens in one step" in shown
 
 
-def test_a_method_drafts_five_tokens_unless_told_otherwise() -> None:
+def test_a_method_drafts_seven_tokens_unless_told_otherwise() -> None:
     assert parse_config(["--model", "m"], {}).max_num_drafts == 0
-    assert parse_config(NGRAM, {}).max_num_drafts == 5
+    assert parse_config(NGRAM, {}).max_num_drafts == 7
     config = parse_config([*NGRAM, "--num-speculative-tokens", "16"], {})
     assert config.max_num_drafts == 16
 
