@@ -87,7 +87,7 @@ def test_groups_that_stand_by_are_repeated_or_separated_by_semicolons() -> None:
             [*NGRAM, "--num-speculative-tokens", "8", "--max-num-batched-tokens", "8"],
             "--max-num-batched-tokens 8",
         ),
-        ([*NGRAM, "--max-num-batched-tokens", "5"], "--num-speculative-tokens 5"),
+        ([*NGRAM, "--max-num-batched-tokens", "5"], "--num-speculative-tokens 7"),
         ([*NGRAM, "--speculative-ngram-min", "0"], "--speculative-ngram-min"),
         ([*NGRAM, "--speculative-ngram-min", "17"], "they are 17 and 16"),
         ([*NGRAM, "--speculative-ngram-max", "33"], "nor that above 32"),
