@@ -89,6 +89,9 @@ class ClusterConfig:
     """Lets the scheduler listen beyond loopback, unencrypted."""
     enable_reflection: bool = False
     """Lets tools ask the scheduler for its protocol."""
+    journal: bool = False
+    """Records requests on disk while the cluster runs, and starts a scheduler that dies again,
+    which goes on with them."""
     start_timeout_s: float = 60.0
     """Time for each process to answer; loading the model is not in it."""
     stop_timeout_s: float = 5.0
@@ -154,10 +157,18 @@ class ClusterConfig:
             for name in names
         )
 
-    def scheduler_arguments(self, *, executor: str, local_socket: Path | None = None) -> list[str]:
+    def scheduler_arguments(
+        self,
+        *,
+        executor: str,
+        listen: str | None = None,
+        local_socket: Path | None = None,
+        journal: Path | None = None,
+    ) -> list[str]:
         """Flags of the scheduler process; limits that the executor knows come from there.
 
-        local_socket: where this process reaches it without credentials.
+        listen: in the place of the configured address. local_socket: where this process reaches
+        it without credentials. journal: folder from which it goes on.
         """
         names = (
             "served_model_name",
@@ -172,7 +183,7 @@ class ClusterConfig:
             "max_requests_per_tenant",
         )
         arguments = ["--model", str(self.model), "--executor", executor]
-        arguments += ["--listen", self.listen, *self._flags(names)]
+        arguments += ["--listen", listen or self.listen, *self._flags(names)]
         method = self.speculative_method
         if method is None and self.speculative_model is not None:
             method = "draft_model"
@@ -180,6 +191,8 @@ class ClusterConfig:
             arguments += ["--speculative-method", method]
         if local_socket is not None:
             arguments += ["--local-socket", str(local_socket)]
+        if journal is not None:
+            arguments += ["--journal", str(journal)]
         if self.enable_prefix_caching is not None:
             no = "" if self.enable_prefix_caching else "no-"
             arguments.append(f"--{no}enable-prefix-caching")

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 RESTART_DELAYS_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Before the first, second, … restart in a row; after the last the cluster gives up. A restart
-after which the model is loaded ends the row."""
+after which the model is loaded ends the row; of the scheduler, one after which it ran a minute."""
+_STEADY_S = 60.0
 MAX_LOGS = 20
 """Folders of logs that are kept."""
 POLL_INTERVAL_S = 0.05
 SOCKET_NAME = "scheduler.sock"
+JOURNAL_NAME = "journal"
 
 __all__ = ["ClusterConfig", "LocalCluster"]
 
@@ -45,6 +47,7 @@ class LocalCluster:
 
     When an executor ends after the model was ready, or does not answer any more, all executors,
     which compute together, are started again on their ports; the scheduler finds them and goes on.
+    A scheduler that ends then is started again where it keeps a journal, from which it goes on.
     Whatever else ends early ends the cluster, and the next call says why.
     All processes end with the cluster, with the interpreter, and on Linux with this process
     however it ends.
@@ -185,6 +188,7 @@ class LocalCluster:
             self._stop_executors(self.config.stop_timeout_s)
             if self._socket_dir is not None:
                 shutil.rmtree(self._socket_dir, ignore_errors=True)
+            shutil.rmtree(self.log_dir / JOURNAL_NAME, ignore_errors=True)  # holds prompts
             self._is_up.set()
 
     @property
@@ -203,13 +207,18 @@ class LocalCluster:
             if address is None:
                 return
             self._executor_addresses.append(address)
-        local_socket = None
         if self.config.is_protected(os.environ):
             # Not in log_dir: paths of sockets may have no more than about 100 characters.
             self._socket_dir = Path(tempfile.mkdtemp(prefix="stepwire-"))  # for this user only
-            local_socket = self._socket_dir / SOCKET_NAME
+        scheduler = self._start_scheduler(self.config.listen)
+        self._address = scheduler.wait_for_address(self.config.start_timeout_s, self._stopping)
+
+    def _start_scheduler(self, listen: str) -> ManagedProcess:
         arguments = self.config.scheduler_arguments(
-            executor=",".join(self._executor_addresses), local_socket=local_socket
+            executor=",".join(self._executor_addresses),
+            listen=listen,
+            local_socket=self._socket_dir / SOCKET_NAME if self._socket_dir is not None else None,
+            journal=self.log_dir / JOURNAL_NAME if self.config.journal else None,
         )
         scheduler = ManagedProcess(
             "scheduler",
@@ -217,7 +226,7 @@ class LocalCluster:
             log=self.log_dir / "scheduler.log",
         )
         self._processes["scheduler"] = scheduler
-        self._address = scheduler.wait_for_address(self.config.start_timeout_s, self._stopping)
+        return scheduler
 
     def _start_executors(self, listen: Sequence[str]) -> None:
         """Start every rank; listen: an address for each."""
@@ -242,14 +251,30 @@ class LocalCluster:
         for process in executors:
             process.stop(timeout_s, self._hurry)
 
+    def _watch_scheduler(self, num_restarts: int) -> int:
+        """Start it again if it has ended; returns how many restarts there are now in a row."""
+        scheduler = self._processes["scheduler"]
+        if scheduler.exit_code() is None:
+            is_steady = time.monotonic() - scheduler.started_at > _STEADY_S
+            return 0 if is_steady else num_restarts
+        ended = scheduler.describe_exit()
+        may_restart = self.config.journal and self._was_ready.is_set()
+        if not may_restart or num_restarts == len(RESTART_DELAYS_S):
+            raise ProcessExitedError(ended)
+        scheduler.stop(0)  # whatever it left in its group
+        delay_s = RESTART_DELAYS_S[num_restarts]
+        self._on_event(f"{ended}; starting it again in {delay_s:g} s")
+        if not self._stopping.wait(delay_s):
+            assert self._address is not None
+            self._start_scheduler(self._address)
+        return num_restarts + 1
+
     def _watch(self) -> None:
-        num_restarts = 0
+        num_restarts = num_scheduler_restarts = 0
         probes = self._make_probes()
         try:
             while not self._stopping.wait(POLL_INTERVAL_S):
-                scheduler = self._processes["scheduler"]
-                if scheduler.exit_code() is not None:
-                    raise ProcessExitedError(scheduler.describe_exit())
+                num_scheduler_restarts = self._watch_scheduler(num_scheduler_restarts)
                 for probe in probes.values():
                     probe.poll()
                 if num_restarts and all(probe.is_ready for probe in probes.values()):
@@ -312,6 +337,9 @@ def new_log_dir() -> Path:
         for old in sorted(logs.iterdir())[:-MAX_LOGS]:
             if not _is_running(old.name.rpartition("-")[2]):
                 shutil.rmtree(old, ignore_errors=True)
+        for journal in logs.glob(f"*/{JOURNAL_NAME}"):  # of clusters that were killed
+            if not _is_running(journal.parent.name.rpartition("-")[2]):
+                shutil.rmtree(journal, ignore_errors=True)
     except OSError as error:
         raise ClusterError(
             f"{logs} cannot be written ({error.strerror}): set STEPWIRE_CACHE to a folder that can"

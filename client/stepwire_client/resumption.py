@@ -6,6 +6,8 @@ than starting another. What is worth that:
 - UNAVAILABLE without a reason of the server's: the connection broke, or no server answers just
   now. With a reason (loading, draining, executors lost) the server has spoken.
 - INTERNAL without one, where a proxy or the transport reset the stream.
+- UNAVAILABLE as MODEL_NOT_READY, where the server answered before: another has taken its place,
+  which loads and may then go on with what the one before has left. A deadline bounds the wait.
 - ABORTED as SLOW_READER: the call was given up, the request was not. Not as TAKEN_OVER: another
   call reads it, and two that take it from each other would never end.
 
@@ -103,7 +105,8 @@ class Resumption:
 
     def delay_after(self, error: RpcError) -> float | None:
         """Seconds to wait before the call is sent again; None: the error is the request's end."""
-        if not self.is_on or not _is_worth_resuming(error):
+        is_loading_again = self._is_known_server and error.reason == "MODEL_NOT_READY"
+        if not self.is_on or not (is_loading_again or _is_worth_resuming(error)):
             return None
         if error.is_unreached and not self._is_known_server:
             return None
@@ -113,6 +116,8 @@ class Resumption:
         if self._broken_since is None or now - self._sent_at > patience_s:
             self._broken_since = now
             self._num_tries = 0
+        elif is_loading_again and self._deadline is not None:
+            self._broken_since = now
         if now - self._broken_since >= patience_s:
             self.may_still_run = True
             return None

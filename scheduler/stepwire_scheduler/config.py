@@ -84,6 +84,11 @@ class SchedulerConfig:
     """File that gets every plan and result, prompts' tokens included, for the executor's replay."""
     plan_log_max_bytes: int = 67_108_864
     """Most bytes of that file; as much again may lie in the file before it, PATH.1."""
+    journal: str | None = None
+    """Folder that records requests with a resume window, so that a scheduler that is started again
+    after a crash goes on with them; prompts and outputs included. Default: none."""
+    journal_max_bytes: int = 134_217_728
+    """Size at which the journal is written anew with what lives; at least twice what lives."""
     enable_reflection: bool = False
     """Serve grpc.reflection.v1alpha, for tools like grpcurl."""
     tls_cert: str | None = None

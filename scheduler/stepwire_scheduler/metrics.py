@@ -76,6 +76,15 @@ class Metrics:
         self._retained_bytes = self._gauge(
             "retained_output_bytes", "Output that is kept for clients that may come back."
         )
+        self._restored = self._counter(
+            "requests_restored", "Requests of a scheduler before that this one went on with."
+        )
+        self._journal_bytes = self._gauge(
+            "journal_bytes", "Size of the journal; 0 while it cannot be written."
+        )
+        self._journal_failures = self._counter(
+            "journal_failures", "Times that the journal could not be written any more."
+        )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._output_tokens = self._counter("output_tokens", "Tokens generated.")
         # Their label takes only the names in --auth-tokens-file, never what a client sends.
@@ -196,6 +205,15 @@ class Metrics:
         """What waits for clients to come back."""
         self._detached.set(num_detached)
         self._retained_bytes.set(num_bytes)
+
+    def on_request_restored(self) -> None:
+        self._restored.inc()
+
+    def set_journal_bytes(self, num_bytes: int) -> None:
+        self._journal_bytes.set(num_bytes)
+
+    def on_journal_failed(self) -> None:
+        self._journal_failures.inc()
 
     def on_preemption(self, num_sequences: int = 1) -> None:
         self._preemptions.inc(num_sequences)

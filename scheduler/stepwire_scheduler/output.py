@@ -81,6 +81,11 @@ class OutputAssembler:
             stop_token_id=stop_token_id,
         )
 
+    def catch_up(self, token_ids: Sequence[int], text: str) -> bool:
+        """Commit, before all else, what another one made a text of; says whether this one does."""
+        delta = self.push(token_ids)
+        return delta.finish_reason is None and delta.text == text
+
     def _settle(self, text: str) -> tuple[str, str | None]:
         if self._stop_matcher is None or not text:
             return text, None

@@ -8,10 +8,12 @@ text; 256 requests of 4,000 tokens are some 20 MB.
 
 from __future__ import annotations
 
+import json
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 from stepwire_scheduler.output import SequenceDelta
 from stepwire_scheduler.sequence import FinishReason, Logprobs
@@ -82,9 +84,13 @@ class _LogprobsLog:
             )
         return entries
 
+    def arrays(self) -> list[array[Any]]:
+        """Of all tokens."""
+        return [getattr(self, name) for name in self.__slots__]
+
     @property
     def num_bytes(self) -> int:
-        return sum(sys.getsizeof(getattr(self, name)) for name in self.__slots__)
+        return sum(map(sys.getsizeof, self.arrays()))
 
 
 class _SequenceLog:
@@ -178,6 +184,87 @@ class OutputLog:
         self._token_ends.append(len(sequence.token_ids))
         self._text_ends.append(len(sequence.text))
 
+    def seal(self, num_events: int | None = None) -> None:
+        """Fix events, by default all that there are: a reader gets them, or is about to."""
+        num_events = self.num_events if num_events is None else num_events
+        assert num_events <= self.num_events, num_events
+        self.num_sealed = max(self.num_sealed, num_events)
+
+    def output_of(self, index: int) -> SequenceOutput:
+        """All that a sequence has generated, without log-probabilities."""
+        sequence = self._sequences[index]
+        return SequenceOutput(
+            index,
+            sequence.text.decode(),
+            sequence.token_ids.tolist(),
+            [],
+            sequence.finish_reason,
+            sequence.stop_string,
+            sequence.stop_token_id,
+        )
+
+    def scheduled_of(self, index: int) -> Scheduled | None:
+        """When a sequence got its first step."""
+        return self._sequences[index].scheduled
+
+    def dump(self) -> bytes:
+        """All of it, for load(); nothing may be forgotten. A line of JSON, then the arrays."""
+        assert not self.num_forgotten
+        blobs = [each.tobytes() for each in (self._kinds, self._token_ends, self._text_ends)]
+        heads: list[dict[str, Any]] = []
+        for sequence in self._sequences:
+            scheduled, reason = sequence.scheduled, sequence.finish_reason
+            saved = {
+                "scheduled": scheduled and [scheduled.queue_ms, scheduled.num_cached_tokens],
+                "last_event": sequence.last_event,
+                "last_event_limit": sequence.last_event_limit,
+                "finish_reason": reason and reason.value,
+                "stop_string": sequence.stop_string,
+                "stop_token_id": sequence.stop_token_id,
+                "has_logprobs": sequence.logprobs is not None,
+            }
+            blobs += [sequence.token_ids.tobytes(), bytes(sequence.text)]
+            if sequence.logprobs is not None:
+                blobs += [values.tobytes() for values in sequence.logprobs.arrays()]
+            heads.append(saved)
+        lengths = [len(blob) for blob in blobs]
+        head = {"num_sealed": self.num_sealed, "sequences": heads, "lengths": lengths}
+        return b"".join((json.dumps(head).encode(), b"\n", *blobs))
+
+    @classmethod
+    def load(cls, image: bytes) -> Self:
+        """What dump() gave."""
+        line, _, rest = image.partition(b"\n")
+        head = json.loads(line)
+        blobs = _split(rest, head["lengths"])
+        log = cls(len(head["sequences"]))
+        for values in (log._kinds, log._token_ends, log._text_ends):
+            values.frombytes(next(blobs))
+        log.num_events = len(log._kinds)
+        log.num_sealed = head["num_sealed"]
+        for index, (sequence, saved) in enumerate(
+            zip(log._sequences, head["sequences"], strict=True)
+        ):
+            if saved["scheduled"] is not None:
+                queue_ms, num_cached_tokens = saved["scheduled"]
+                sequence.scheduled = Scheduled(
+                    index=index, queue_ms=queue_ms, num_cached_tokens=num_cached_tokens
+                )
+            sequence.last_event = saved["last_event"]
+            sequence.last_event_limit = saved["last_event_limit"]
+            if saved["finish_reason"] is not None:
+                sequence.finish_reason = FinishReason(saved["finish_reason"])
+            sequence.stop_string = saved["stop_string"]
+            sequence.stop_token_id = saved["stop_token_id"]
+            sequence.token_ids.frombytes(next(blobs))
+            sequence.text += next(blobs)
+            if saved["has_logprobs"]:
+                sequence.logprobs = _LogprobsLog()
+                del sequence.logprobs.cu_top[:]
+                for values in sequence.logprobs.arrays():
+                    values.frombytes(next(blobs))
+        return log
+
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
@@ -188,6 +275,16 @@ class OutputLog:
             if sequence.logprobs is not None:
                 total += sequence.logprobs.num_bytes
         return total
+
+
+def _split(data: bytes, lengths: Iterable[int]) -> Iterator[bytes]:
+    """Pieces of data, one after the other; raises ValueError where it ends too early."""
+    start = 0
+    for length in lengths:
+        if start + length > len(data):
+            raise ValueError("the image of an output log is cut off")
+        yield data[start : start + length]
+        start += length
 
 
 class LogCursor:

@@ -6,6 +6,8 @@ without an executor.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from stepwire_scheduler.admission import plan_admissions
 from stepwire_scheduler.block_pool import BlockPool
 from stepwire_scheduler.deadlines import Deadlines
@@ -80,6 +82,16 @@ class Planner:
             self._deadlines.add(sequence)
             sequences.append(sequence)
         return sequences
+
+    def take_over(
+        self, sequence: Sequence, token_ids: Iterable[int], finish_reason: FinishReason | None
+    ) -> None:
+        """Go on with a sequence that was just added where another planner left it."""
+        self.waiting.remove(sequence)
+        sequence.token_ids.extend(token_ids)
+        self.waiting.push(sequence)
+        if finish_reason is not None:
+            self.finish(sequence, finish_reason)
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_token_id: int | None = None

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from stepwire_scheduler.errors import NotRetainedError, SchedulerError, TakenOverError
+from stepwire_scheduler.journal import RequestRecorder
+from stepwire_scheduler.journal_entries import Ending, JournalledRequest
 from stepwire_scheduler.output import SequenceDelta
 from stepwire_scheduler.output_log import LogCursor, OutputLog, Scheduled, SequenceOutput
 from stepwire_scheduler.sequence import Request, RequestKey, SamplingParams, Sequence
-from stepwire_scheduler.usage import Timings, Usage
+from stepwire_scheduler.usage import Queued, Timings, Usage
 
 __all__ = ["Queued", "RequestStream", "Scheduled", "SequenceOutput", "StreamReader"]
 
@@ -21,15 +23,6 @@ _MAX_READ_EVENTS = 64
 """Events that have been read and are still held where nobody can ask for them again."""
 _BYTES_PER_STREAM = 2_048
 """Of the objects around a log."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Queued:
-    """What the stream's first event tells, whenever it is read."""
-
-    queued_unix_ms: int
-    num_prompt_tokens: int
-    num_waiting: int
 
 
 @dataclass(slots=True)
@@ -73,7 +66,10 @@ class RequestStream:
         self.is_delivered = False
         """Whether a reader has been sent all of it."""
         self.queued: Queued | None = None
-        """Set by who queues it."""
+        """The first event, once it was announced."""
+        self.recorder: RequestRecorder | None = None
+        """Set where it is to outlive this process: what a reader gets is in the journal before."""
+        self._sealed_ms = -1.0
         self._max_unread_bytes = max_unread_bytes
         self._on_close = on_close
         self._log = OutputLog(len(sequences))
@@ -88,17 +84,27 @@ class RequestStream:
     def key(self) -> RequestKey:
         return self.request.key
 
+    def announce(self, queued: Queued) -> None:
+        """Set the first event, before anybody reads."""
+        self.queued = queued
+        if self.recorder is not None:
+            self.recorder.queued(queued)
+
     # For the step loop
 
     def publish_scheduled(self, sequence: Sequence, now_ms: float) -> None:
         """Tell of a sequence's first step."""
-        self._log.append_scheduled(
-            Scheduled(
-                index=sequence.index,
-                queue_ms=now_ms - self.request.arrival_ms,
-                num_cached_tokens=sequence.num_cached_tokens,
-            )
+        event = Scheduled(
+            index=sequence.index,
+            queue_ms=now_ms - self.request.arrival_ms,
+            num_cached_tokens=sequence.num_cached_tokens,
         )
+        is_awaited = self.recorder is not None and self._is_awaited(now_ms)
+        self._log.append_scheduled(event)
+        if self.recorder is not None:
+            if is_awaited:
+                self._log.seal()
+            self.recorder.scheduled(event, self._log)
         self._changed.set()
 
     def publish(self, index: int, delta: SequenceDelta, now_ms: float) -> None:
@@ -113,7 +119,12 @@ class RequestStream:
             progress.last_token_ms = now_ms
         if delta.finish_reason is not None:
             progress.is_finished = True
+        is_awaited = self.recorder is not None and self._is_awaited(now_ms)
         self._log.append(index, delta)
+        if self.recorder is not None:
+            if is_awaited:
+                self._log.seal()
+            self.recorder.output(index, delta, self._log)
         num_bytes = len(delta.text) + _BYTES_PER_TOKEN * num_tokens
         if delta.logprobs:
             num_bytes += _BYTES_PER_TOKEN * sum(
@@ -128,12 +139,71 @@ class RequestStream:
             self.over_bound_since_ms = now_ms
         self._changed.set()
 
+    def _is_awaited(self, now_ms: float) -> bool:
+        """Whether a reader has read everything, but for what this very step has brought.
+
+        Then the event that comes is sealed with it: it takes no entry, and no write, of its own
+        once it is read.
+        """
+        reader, log = self._reader, self._log
+        if reader is None or log.num_sealed < log.num_events:
+            return False
+        if self._sealed_ms == now_ms or reader.seq == log.num_events:
+            self._sealed_ms = now_ms
+            return True
+        return False
+
     def end(self, now_ms: float, error: SchedulerError | None = None) -> None:
         """Close the stream; readers get what there is, then the error if there is one."""
         if self._end_ms is None:
             self._end_ms = now_ms
             self._error = error
+            if self.recorder is not None:
+                self.recorder.ended(self._ending())
             self._changed.set()
+
+    def _ending(self) -> Ending:
+        return Ending(error=self._error, usage=self.usage, timings=self.timings)
+
+    def drop_record(self) -> None:
+        """It need not outlive this process any more; may be repeated."""
+        if self.recorder is not None:
+            self.recorder.forget()
+            self.recorder = None
+
+    def image(self) -> bytes:
+        """All of it, for the journal that records it."""
+        assert self.recorder is not None
+        return self.recorder.image(
+            self.request,
+            self._log,
+            queued=self.queued,
+            resume_window_ms=self.resume_window_ms,
+            token_times=[
+                (index, progress.first_token_ms, progress.last_token_ms)
+                for index, progress in enumerate(self.progress)
+                if progress.first_token_ms is not None
+            ],
+            ending=self._ending() if self.has_ended else None,
+        )
+
+    def restore(self, saved: JournalledRequest, recorder: RequestRecorder, now_ms: float) -> None:
+        """Take the events that a scheduler before has published; nobody reads them yet."""
+        self._log = saved.log
+        self.recorder = recorder
+        self.queued = saved.queued
+        self.resume_window_ms = saved.resume_window_ms
+        for index, progress in enumerate(self.progress):
+            output = saved.log.output_of(index)
+            progress.num_output_tokens = len(output.token_ids)
+            progress.is_finished = output.finish_reason is not None
+            if output.token_ids:
+                progress.first_token_ms, progress.last_token_ms = saved.token_times[index]
+        if saved.ending is not None:
+            self._final = saved.ending.usage, saved.ending.timings
+            self._end_ms = now_ms
+            self._error = saved.ending.error
+        self.detached_since_ms = now_ms
 
     def compact(self) -> None:
         """Let go of the prompt and the sequences of an ended request: its output is enough."""
@@ -177,6 +247,12 @@ class RequestStream:
         self._reader = StreamReader(self, cursor, from_seq)
         self.detached_since_ms = None
         return self._reader
+
+    def change_window(self, resume_window_ms: int) -> None:
+        """A reader came that is to be waited for so long once it leaves."""
+        if self.recorder is not None and resume_window_ms != self.resume_window_ms:
+            self.recorder.window(resume_window_ms)
+        self.resume_window_ms = resume_window_ms
 
     def detach(self, now_ms: float, error: SchedulerError | None = None) -> None:
         """Go on without a reader; the one that there is gets the error, if it still asks."""
@@ -286,6 +362,8 @@ class StreamReader:
             if cursor.position < log.num_events:
                 break
             if stream._end_ms is not None:
+                if stream.recorder is not None:
+                    stream.recorder.read(log.num_sealed)
                 if stream._error is not None:
                     stream.is_delivered = True
                     raise stream._error.with_traceback(None)  # readers would pile theirs up
@@ -293,6 +371,8 @@ class StreamReader:
             stream._changed.clear()
             await stream._changed.wait()
         event = cursor.read()
+        if stream.recorder is not None:
+            stream.recorder.read(log.num_sealed)
         if cursor.position == log.num_events:
             stream._num_unread_bytes = 0
             stream.over_bound_since_ms = None

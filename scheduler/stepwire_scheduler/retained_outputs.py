@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Iterator
 
 from stepwire_scheduler.request_stream import RequestStream
 from stepwire_scheduler.sequence import RequestKey
@@ -25,6 +26,10 @@ class RetainedOutputs:
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    def __iter__(self) -> Iterator[RequestStream]:
+        """The one that ended first comes first."""
+        return iter(self._streams.values())
 
     @property
     def has_undelivered(self) -> bool:
@@ -59,7 +64,9 @@ class RetainedOutputs:
 
     def forget(self, key: RequestKey) -> None:
         """Drop one; it may be gone already."""
-        if self._streams.pop(key, None) is not None:
+        stream = self._streams.pop(key, None)
+        if stream is not None:
+            stream.drop_record()
             self.num_bytes -= self._num_bytes_of.pop(key)
             self._undelivered.discard(key)
 

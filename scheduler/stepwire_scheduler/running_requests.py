@@ -20,6 +20,8 @@ from stepwire_scheduler.errors import (
     SchedulerError,
     SlowReaderError,
 )
+from stepwire_scheduler.journal import Journal
+from stepwire_scheduler.journal_entries import JournalledRequest
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.output import OutputAssembler
 from stepwire_scheduler.plan import SequenceUpdate, StepPlan
@@ -52,9 +54,14 @@ class RunningRequests:
         max_unread_bytes: int,
         max_retained_bytes: int,
         finish_sequence: Callable[[Sequence, FinishReason], None],
+        journal: Journal | None = None,
     ) -> None:
-        """finish_sequence ends a sequence in the planner; it may have ended already."""
+        """finish_sequence ends a sequence in the planner; it may have ended already.
+
+        journal: records the requests that may be resumed.
+        """
         self._metrics = metrics
+        self._journal = journal
         self._max_unread_bytes = max_unread_bytes
         self._finish_sequence = finish_sequence
         self._max_retained_bytes = max_retained_bytes
@@ -79,17 +86,17 @@ class RunningRequests:
         return iter(list(self._entries))
 
     def add(
-        self, request: Request, sequences: list[Sequence], tokenizer: TokenBytes
+        self, request: Request, sequences: list[Sequence], tokenizer: TokenBytes, model: str = ""
     ) -> RequestStream:
-        """Open the stream of a request whose sequences are queued."""
-        stream = RequestStream(
-            request,
-            sequences,
-            max_unread_bytes=self._max_unread_bytes,
-            on_close=self._on_reader_left,
-        )
+        """Open the stream of a request whose sequences are queued.
+
+        model: its fingerprint; another one could not go on with the request.
+        """
+        stream = self._new_stream(request, sequences)
         self._num_of_tenant[request.tenant] += 1
         self._retained.forget(request.key)
+        if self._journal is not None and request.resume_window_ms:
+            stream.recorder = self._journal.accept(request, model)
         self._entries[request.key] = _Entry(
             stream=stream,
             assemblers=[OutputAssembler(tokenizer, request.sampling_params) for _ in sequences],
@@ -97,6 +104,55 @@ class RunningRequests:
         self._is_idle.clear()
         self._metrics.on_request_queued()
         return stream
+
+    def _new_stream(self, request: Request, sequences: list[Sequence]) -> RequestStream:
+        return RequestStream(
+            request,
+            sequences,
+            max_unread_bytes=self._max_unread_bytes,
+            on_close=self._on_reader_left,
+        )
+
+    def restore(
+        self,
+        saved: JournalledRequest,
+        sequences: list[Sequence],
+        tokenizer: TokenBytes,
+        error: SchedulerError | None = None,
+    ) -> None:
+        """Go on with a request of a scheduler before, whose window starts now.
+
+        sequences: none where it has ended. error: why it cannot go on.
+        """
+        assert self._journal is not None
+        now = now_ms()
+        stream = self._new_stream(saved.request, sequences)
+        recorder = self._journal.go_on(saved.ref, saved.model, saved.log.num_sealed)
+        stream.restore(saved, recorder, now)
+        self._is_idle.clear()
+        if stream.has_ended:
+            self._retained.add(stream, now)
+            self._keep_within_bound()
+            self._note_whether_idle()
+            return
+        params = saved.request.sampling_params
+        assemblers = [OutputAssembler(tokenizer, params) for _ in sequences]
+        for index, assembler in enumerate(assemblers):
+            output = saved.log.output_of(index)
+            is_over = output.finish_reason is not None
+            if not is_over and not assembler.catch_up(output.token_ids, output.text):
+                error = error or InternalError("the tokenizer is not the one that it began with")
+        self._num_of_tenant[stream.request.tenant] += 1
+        self._entries[stream.key] = _Entry(stream=stream, assemblers=assemblers)
+        self._detach(stream, now)
+        if error is not None and stream.key in self._entries:
+            self.end(stream.key, FinishReason.ERROR, error)
+
+    def images(self) -> Iterator[bytes]:
+        """All that the journal needs of each request that it records, in their order."""
+        for stream in (*self._retained, *(entry.stream for entry in self._entries.values())):
+            if stream.recorder is not None:
+                yield stream.image()
 
     async def wait_until_none(self) -> None:
         """Return once every request has ended and its client has it, or has stayed away."""
@@ -130,7 +186,7 @@ class RunningRequests:
             and stream.request.input_digest == input_digest
         ):
             reader = stream.attach(from_seq)
-            stream.resume_window_ms = resume_window_ms
+            stream.change_window(resume_window_ms)
             self._note_attached(key)
             self._metrics.on_stream_resumed()
             return reader
@@ -152,6 +208,7 @@ class RunningRequests:
             self._detach(stream, now_ms())
         else:
             self.end(stream.key, FinishReason.CANCELLED)
+        self._write_journal()
 
     def _detach(
         self, stream: RequestStream, now: float, error: SchedulerError | None = None
@@ -180,6 +237,9 @@ class RunningRequests:
         self._retained.expire(now)
         self._keep_within_bound()
         self._note_whether_idle()
+        if self._journal is not None:
+            self._journal.keep_house(self.images, now)
+            self._metrics.set_journal_bytes(self._journal.num_bytes)
         self._metrics.set_retained(
             num_detached=len(self._detached), num_bytes=self.num_retained_bytes
         )
@@ -209,6 +269,7 @@ class RunningRequests:
         else:
             self._retained.forget(key)
             self._note_whether_idle()
+        self._write_journal()
         return is_running
 
     # Delivery
@@ -222,6 +283,7 @@ class RunningRequests:
             entry.stream.publish_scheduled(sequence, now)
             if sequence.index == 0:
                 self._metrics.on_first_scheduled((now - sequence.request.arrival_ms) / 1e3)
+        self._write_journal()
 
     def end_slow_readers(self, now: float, unread_timeout_ms: float) -> None:
         """End calls whose output has been over its bound for too long; requests with them that
@@ -255,6 +317,12 @@ class RunningRequests:
                 self.end(key, FinishReason.ERROR, _error_of(update, sequence))
             else:
                 self._deliver_tokens(entry, update, now)
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        """One write for all that happened; else each reader would write what it is about to get."""
+        if self._journal is not None:
+            self._journal.flush()
 
     def _deliver_tokens(self, entry: _Entry, update: SequenceUpdate, now: float) -> None:
         sequence, stream = update.sequence, entry.stream
@@ -329,6 +397,8 @@ class RunningRequests:
         if stream.is_resumable:
             self._retained.add(stream, now)
             self._keep_within_bound()
+        else:
+            stream.drop_record()
         self._note_whether_idle()
 
 

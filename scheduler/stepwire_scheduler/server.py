@@ -17,6 +17,7 @@ from stepwire_scheduler.command_line import split_address
 from stepwire_scheduler.config import SchedulerConfig
 from stepwire_scheduler.errors import ListenError
 from stepwire_scheduler.health import HealthService
+from stepwire_scheduler.journal import Journal
 from stepwire_scheduler.logs import get_logger
 from stepwire_scheduler.metrics import Metrics, serve_metrics
 from stepwire_scheduler.plan_log import PlanLog
@@ -61,8 +62,15 @@ async def serve(
     plan_log = None
     if config.plan_log is not None:
         plan_log = PlanLog(Path(config.plan_log), max_bytes=config.plan_log_max_bytes)
+    journal = None
+    if config.journal is not None:
+        journal = Journal(
+            Path(config.journal),
+            max_bytes=config.journal_max_bytes,
+            on_failure=metrics.on_journal_failed,
+        )
     authenticator = Authenticator(tokens, on_refused=metrics.on_rejected)
-    step_loop = StepLoop(config, metrics, plan_log, make_speculator=_make_speculator)
+    step_loop = StepLoop(config, metrics, plan_log, journal, make_speculator=_make_speculator)
     service = GenerationService(config, step_loop, metrics, model_name)
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     add_generation_service(service, server, authenticator)
@@ -111,6 +119,8 @@ async def serve(
             stop_metrics()
         if plan_log is not None:
             plan_log.close()
+        if journal is not None:
+            journal.close()
     log.info("stopped")
 
 

@@ -272,10 +272,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             request_id=validated.request_id,
             num_prompt_tokens=len(validated.prompt_token_ids),
         )
-        stream.queued = Queued(
-            queued_unix_ms=time.time_ns() // 1_000_000,
-            num_prompt_tokens=len(validated.prompt_token_ids),
-            num_waiting=num_waiting,
+        stream.announce(
+            Queued(
+                queued_unix_ms=time.time_ns() // 1_000_000,
+                num_prompt_tokens=len(validated.prompt_token_ids),
+                num_waiting=num_waiting,
+            )
         )
         return stream.attach()
 

@@ -28,11 +28,13 @@ from stepwire_scheduler.errors import (
 )
 from stepwire_scheduler.executor_client import ExecutorGroup, PlanStream
 from stepwire_scheduler.executor_groups import DESCRIBE_INTERVAL_S, ExecutorGroups, ReadyGroup
+from stepwire_scheduler.journal import Journal
 from stepwire_scheduler.metrics import Metrics
 from stepwire_scheduler.plan import StepPlan
 from stepwire_scheduler.plan_log import PlanLog
 from stepwire_scheduler.planner import Planner, PlannerConfig
 from stepwire_scheduler.request_stream import RequestStream, StreamReader
+from stepwire_scheduler.restoration import restore
 from stepwire_scheduler.running_requests import RunningRequests
 from stepwire_scheduler.sequence import FinishReason, Request, RequestKey, Sequence
 from stepwire_scheduler.served_model import (
@@ -76,12 +78,16 @@ class StepLoop:
         config: SchedulerConfig,
         metrics: Metrics,
         plan_log: PlanLog | None = None,
+        journal: Journal | None = None,
         *,
         make_speculator: SpeculatorFactory | None = None,
     ) -> None:
-        """plan_log: records every epoch's plans and results."""
+        """plan_log: records every epoch's plans and results. journal: records requests, and has
+        those of a scheduler before.
+        """
         self._make_speculator = make_speculator
         self._config = config
+        self._journal = journal
         self._plan_log = plan_log
         self._metrics = metrics
         self._planner: Planner | None = None
@@ -90,6 +96,7 @@ class StepLoop:
             max_unread_bytes=config.max_unread_bytes,
             max_retained_bytes=config.max_retained_bytes,
             finish_sequence=self._finish_sequence,
+            journal=journal,
         )
         self._tokenizer: TokenBytes | None = None
         self._wake = asyncio.Event()
@@ -131,6 +138,7 @@ class StepLoop:
     def set_tokenizer(self, tokenizer: TokenBytes) -> None:
         """Give the tokenizer that turns output into text; requests need it."""
         self._tokenizer = tokenizer
+        self._restore()
 
     def submit(self, request: Request) -> RequestStream:
         """Queue a validated request.
@@ -151,7 +159,9 @@ class StepLoop:
         self.check_room(num_sequences)
         if planner.waiting.num_tokens + num_tokens > self._config.max_queued_tokens:
             raise QueueFullError("too many tokens wait; retry later")
-        stream = self._requests.add(request, planner.add(request), tokenizer)
+        assert self.model is not None
+        sequences = planner.add(request)
+        stream = self._requests.add(request, sequences, tokenizer, self.model.fingerprint)
         self._wake.set()
         return stream
 
@@ -181,15 +191,21 @@ class StepLoop:
     ) -> StreamReader | None:
         """Read on a request that runs or is retained; None where it should be submitted.
 
-        Raises DuplicateRequestError, NotRetainedError. Works while the scheduler drains.
+        Raises DuplicateRequestError, NotRetainedError, and NotReadyError where a scheduler before
+        may have left the request. Works while the scheduler drains.
         """
+        if from_seq and self._journal is not None and self._journal.has_saved(key):
+            raise NotReadyError("the model still loads, and this request waits for it; retry")
         return self._requests.attach(
             key, input_digest, from_seq=from_seq, resume_window_ms=resume_window_ms
         )
 
     def cancel(self, request_id: str, tenant: str = "") -> bool:
         """End a request; its stream ends with what it has. False where it does not run."""
-        return self._requests.cancel((tenant, request_id))
+        key = tenant, request_id
+        if self._journal is not None and self._journal.discard(key):
+            return True
+        return self._requests.cancel(key)
 
     def num_requests_of(self, tenant: str) -> int:
         """Requests of a tenant that are queued or running."""
@@ -307,6 +323,21 @@ class StepLoop:
             num_blocks=model.num_blocks,
             max_model_len=model.max_model_len,
         )
+        self._restore()
+
+    def _restore(self) -> None:
+        """Go on with what a scheduler before has left, once all is there that it takes."""
+        journal, model = self._journal, self.model
+        if (
+            journal is None
+            or journal.saved is None
+            or self._planner is None
+            or self._tokenizer is None
+            or model is None
+        ):
+            return
+        restore(journal, self._requests, self._planner, self._tokenizer, model, self._metrics)
+        self._wake.set()
 
     async def _serve_epoch(self, stream: PlanStream, groups: ExecutorGroups) -> None:
         """Return once the epoch is to be handed over; raises PlanStreamError where it breaks."""

@@ -1,8 +1,17 @@
-"""What a request took: tokens and time."""
+"""What a stream tells beside its output: the queue that it met, tokens and time that it took."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """What the stream's first event tells, whenever it is read."""
+
+    queued_unix_ms: int
+    num_prompt_tokens: int
+    num_waiting: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

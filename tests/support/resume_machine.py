@@ -25,7 +25,7 @@ from stepwire_scheduler.errors import (
     TakenOverError,
 )
 from stepwire_scheduler.plan import SequenceUpdate
-from stepwire_scheduler.request_stream import RequestStream, SequenceOutput, StreamReader
+from stepwire_scheduler.request_stream import Queued, RequestStream, SequenceOutput, StreamReader
 from stepwire_scheduler.running_requests import RunningRequests
 from stepwire_scheduler.sequence import (
     FinishReason,
@@ -128,15 +128,19 @@ class ResumeMachine(RuleBasedStateMachine):
         for each in self.patches:
             each.start()
         self.metrics = Metrics()
-        self.requests = RunningRequests(
-            cast(Any, self.metrics),
-            max_unread_bytes=MAX_UNREAD_BYTES,
-            max_retained_bytes=max_retained_bytes,
-            finish_sequence=self._finish_sequence,
-        )
+        self.requests = self.make_requests()
         self.sent: dict[str, Sent] = {}
         self.num_sent = 0
         self.send(0, 0, n, 5_000)
+
+    def make_requests(self) -> RunningRequests:
+        """What is tested."""
+        return RunningRequests(
+            cast(Any, self.metrics),
+            max_unread_bytes=MAX_UNREAD_BYTES,
+            max_retained_bytes=self.max_retained_bytes,
+            finish_sequence=self._finish_sequence,
+        )
 
     def teardown(self) -> None:
         for each in getattr(self, "patches", []):
@@ -191,6 +195,7 @@ class ResumeMachine(RuleBasedStateMachine):
             TokenSequence(request, i, order_key=(0, i), stop_ids=frozenset()) for i in range(n)
         ]
         stream = self.requests.add(request, sequences, Fragments())
+        stream.announce(Queued(queued_unix_ms=1, num_prompt_tokens=1, num_waiting=0))
         self.num_sent += 1
         sent = self.sent[name] = Sent(stream, window_ms)
         sent.reader = stream.attach()

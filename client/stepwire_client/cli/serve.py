@@ -36,6 +36,7 @@ def serve(
     max_requests_per_tenant: int | None = None,
     insecure: Annotated[bool, Parameter(negative=())] = False,
     enable_reflection: Annotated[bool, Parameter(negative=())] = False,
+    journal: bool = True,
     cluster: ClusterOptions | None = None,
 ) -> None:
     """Serve a model over gRPC until interrupted; running requests finish first.
@@ -64,6 +65,9 @@ def serve(
         Allow a host beyond loopback, without encryption or authentication.
     enable_reflection
         Let tools such as grpcurl ask for the protocol.
+    journal
+        Keep requests on disk, beside the logs, until they end, so that a scheduler that dies goes
+        on with them; the file goes with the cluster.
     """
     options = cluster or ClusterOptions()
     banner(settings_in_force(model, options))
@@ -80,6 +84,7 @@ def serve(
         max_requests_per_tenant=max_requests_per_tenant,
         insecure=insecure,
         enable_reflection=enable_reflection,
+        journal=journal,
         stop_timeout_s=DRAIN_TIMEOUT_S,
     )
     local_cluster = LocalCluster(config, on_event=note)
