@@ -14,9 +14,21 @@ from pathlib import Path
 import grpc.aio
 import pytest
 from stepwire.executor.v1 import executor_pb2, executor_pb2_grpc
-from stepwire_client import AsyncClient, Completed, Event, Generation, Output, SamplingParams
+from stepwire_client import (
+    AsyncClient,
+    Client,
+    ClusterConfig,
+    Completed,
+    Credentials,
+    Event,
+    Generation,
+    LocalCluster,
+    Output,
+    SamplingParams,
+)
 from stepwire_client.errors import NotRetainedError, RpcError
 from stepwire_client.resumption import Resumption
+from stepwire_scheduler.tenants import digest_of
 from stepwire_scheduler.tokenizer import load_tokenizer
 from support.hashing_executor import HashingExecutor, expected_output
 from support.scheduler_tokenizers import write_tokenizer
@@ -232,3 +244,40 @@ async def test_two_schedulers_do_not_share_a_journal(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert b"in use by another scheduler" in said
     assert os.stat(tmp_path / "journal" / "journal").st_mode & 0o777 == 0o600
+
+
+def test_a_cluster_whose_scheduler_is_killed_goes_on_alone_and_with_its_executor(
+    smollm2_dir: Path, tmp_path: Path
+) -> None:
+    """The real model behind a supervisor, which asks at a socket that is bound again."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"tenant sha256:{digest_of('s').hex()}\n")
+    config = ClusterConfig(model=smollm2_dir, max_num_seqs=4, auth_tokens_file=tokens, journal=True)
+    params = SamplingParams(temperature=0.9, seed=11, max_tokens=60, ignore_eos=True)
+    prompt = "Once upon a time"
+    credentials = Credentials(token="s")
+    with LocalCluster(config) as cluster:
+        cluster.wait_until_ready(240)
+        with Client(cluster.address, credentials=credentials) as client:
+            undisturbed = client.generate(prompt, params, timeout_s=120)
+            for victims in (["scheduler"], ["scheduler", "executor"]):
+                token_ids: list[int] = []
+                text = ""
+                pids = cluster.pids
+                with client.stream(prompt, params, timeout_s=240) as stream:
+                    for event in stream:
+                        if not isinstance(event, Output):
+                            continue
+                        token_ids += event.token_ids
+                        text += event.text
+                        if len(token_ids) > 8 and cluster.pids == pids and victims:
+                            for name in victims:
+                                os.kill(pids[name], signal.SIGKILL)
+                            victims = []
+                assert token_ids == list(undisturbed.token_ids)
+                assert text == undisturbed.text
+                assert cluster.pids["scheduler"] != pids["scheduler"]
+                cluster.wait_until_ready(240)
+        journal = cluster.log_dir / "journal"
+        assert (journal / "journal").exists()
+    assert not journal.exists()

@@ -303,6 +303,59 @@ def test_a_scheduler_that_dies_ends_the_cluster(config: ClusterConfig) -> None:
         assert not is_running(cluster.pids["executor"])
 
 
+def test_a_scheduler_with_a_journal_is_started_again_where_it_was(
+    config: ClusterConfig, record: Path
+) -> None:
+    events: list[str] = []
+    config = replace(config, journal=True)
+    with LocalCluster(config, on_event=events.append) as cluster:
+        before, address, journal = cluster.pids, cluster.address, cluster.log_dir / "journal"
+        journal.mkdir()
+        cluster._was_ready.set()
+        os.kill(before["scheduler"], signal.SIGKILL)
+        assert wait_for(lambda: len(starts(record, "scheduler")) == 2)
+        assert cluster.address == address
+        assert cluster.pids["executor"] == before["executor"]
+    first, second = starts(record, "scheduler")
+    for arguments in (first, second):
+        assert arguments[arguments.index("--journal") + 1] == str(journal)
+    assert second[second.index("--listen") + 1] == address
+    assert "the scheduler was killed" in events[0]
+    assert "starting it again" in events[0]
+    assert not journal.exists()
+
+
+def test_a_scheduler_that_dies_over_and_over_ends_the_cluster(
+    config: ClusterConfig, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_cluster, "RESTART_DELAYS_S", (0.0, 0.0))
+    with LocalCluster(replace(config, journal=True)) as cluster:
+        cluster._was_ready.set()
+        record.with_suffix(".scheduler").write_text("refuse")
+        os.kill(cluster.pids["scheduler"], signal.SIGKILL)
+        with pytest.raises(ProcessExitedError, match="model refused: give --model"):
+            cluster.wait(20)
+        assert len(starts(record, "scheduler")) == 3
+        assert not is_running(cluster.pids["executor"])
+
+
+def test_a_scheduler_that_dies_before_it_was_ready_ends_the_cluster(config: ClusterConfig) -> None:
+    with LocalCluster(replace(config, journal=True)) as cluster:
+        os.kill(cluster.pids["scheduler"], signal.SIGKILL)
+        with pytest.raises(ProcessExitedError, match="the scheduler was killed"):
+            cluster.wait(20)
+
+
+def test_journals_of_clusters_that_were_killed_are_removed(
+    config: ClusterConfig, tmp_path: Path
+) -> None:
+    left = tmp_path / "cache" / "logs" / "20200101T000000.000000Z-999999999" / "journal"
+    left.mkdir(parents=True)
+    LocalCluster(config)
+    assert not left.exists()
+    assert left.parent.exists()
+
+
 OWNER = """
 import sys, time
 from pathlib import Path

@@ -15,7 +15,13 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from stepwire.scheduler.v1 import generation_pb2 as pb
 from stepwire_client import AsyncClient, Client
-from stepwire_client.errors import RequestCancelledError, RpcError, ServerError, UnavailableError
+from stepwire_client.errors import (
+    DeadlineExceededError,
+    RequestCancelledError,
+    RpcError,
+    ServerError,
+    UnavailableError,
+)
 from stepwire_client.events import Completed, Event, Generation, Output
 from support.fake_generation_service import FakeGenerationService, serving
 
@@ -179,6 +185,42 @@ def test_what_the_server_has_decided_is_raised_at_once(
     assert (raised.value.code, raised.value.reason) == (status[0].name, status[2])
     assert len(service.calls) == 1
     assert service.cancelled == []
+
+
+LOADING = (grpc.StatusCode.UNAVAILABLE, "the model still loads", "MODEL_NOT_READY")
+
+
+@ALL
+def test_a_server_that_took_the_place_of_another_may_load(work: Callable[..., object]) -> None:
+    service = BreakingService(breaks=[(0, LOST), (0, LOADING), (0, LOADING)])
+    with serving(service) as address:
+        work(address)
+    assert len(service.calls) == 4
+    assert service.cancelled == []
+
+
+@ALL
+def test_a_server_that_loads_when_it_is_first_asked_is_not_waited_for(
+    work: Callable[..., object],
+) -> None:
+    service = BreakingService(breaks=[(0, LOADING)])
+    with serving(service) as address, pytest.raises(UnavailableError, match="loads"):
+        work(address)
+    assert len(service.calls) == 1
+
+
+def test_a_server_that_loads_is_waited_for_until_the_deadline() -> None:
+    """Longer than one that does not answer; without a deadline no longer than that."""
+    service = BreakingService(breaks=[(2, LOST), *[(0, LOADING)] * 8])
+    with serving(service) as address, Client(address, resume_timeout_s=0.2) as client:
+        assert list(client.generate(IDS, timeout_s=60).token_ids) == IDS
+    assert len(service.calls) == 10
+    service = BreakingService(breaks=[(2, LOST), (0, LOADING)], is_endless=True)
+    with serving(service) as address, Client(address, resume_timeout_s=0.2) as client:
+        with pytest.raises(DeadlineExceededError):
+            client.generate(IDS, timeout_s=1.0)
+        with pytest.raises(UnavailableError, match="loads"):
+            client.generate(IDS)
 
 
 @ALL
