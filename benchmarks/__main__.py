@@ -16,6 +16,7 @@ BENCHMARKS = (
     "continuous_batching",
     "kv_waste",
     "planner_cost",
+    "journal_cost",
     "pipelining",
     "transformers_static",
     "time_to_first_token",
