@@ -99,6 +99,8 @@ class GenerationServiceServicer:
         ALREADY_EXISTS. OUT_OF_RANGE (ErrorInfo NOT_RETAINED): nothing is kept of the request, or it
         is of another input; it has to be sent anew from 0. ABORTED: another call reads it now
         (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
+        UNAVAILABLE (MODEL_NOT_READY) from a server that has been started again: it may go on with the
+        request once it has loaded; try again as RetryInfo says.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,6 +52,8 @@ class GenerationServiceStub:
     ALREADY_EXISTS. OUT_OF_RANGE (ErrorInfo NOT_RETAINED): nothing is kept of the request, or it
     is of another input; it has to be sent anew from 0. ABORTED: another call reads it now
     (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
+    UNAVAILABLE (MODEL_NOT_READY) from a server that has been started again: it may go on with the
+    request once it has loaded; try again as RetryInfo says.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
     """Ends requests that are queued or running, also while no call reads them, and forgets their
@@ -89,6 +91,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     ALREADY_EXISTS. OUT_OF_RANGE (ErrorInfo NOT_RETAINED): nothing is kept of the request, or it
     is of another input; it has to be sent anew from 0. ABORTED: another call reads it now
     (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
+    UNAVAILABLE (MODEL_NOT_READY) from a server that has been started again: it may go on with the
+    request once it has loaded; try again as RetryInfo says.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
     """Ends requests that are queued or running, also while no call reads them, and forgets their
@@ -135,6 +139,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         ALREADY_EXISTS. OUT_OF_RANGE (ErrorInfo NOT_RETAINED): nothing is kept of the request, or it
         is of another input; it has to be sent anew from 0. ABORTED: another call reads it now
         (TAKEN_OVER), or the output was not read for too long (SLOW_READER), and can be resumed.
+        UNAVAILABLE (MODEL_NOT_READY) from a server that has been started again: it may go on with the
+        request once it has loaded; try again as RetryInfo says.
         """
 
     @_abc_1.abstractmethod
