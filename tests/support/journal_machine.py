@@ -37,6 +37,10 @@ class JournalMachine(ResumeMachine):
             self._drop(self.journal)
             shutil.rmtree(self.folder)
 
+    def num_sealed_of(self, sent: Sent) -> int:
+        """Also those that a reader was about to get."""
+        return max(sent.num_seen, sent.stream._log.num_sealed)
+
     def _open(self) -> Journal:
         return Journal(self.folder, max_bytes=2_000)
 
