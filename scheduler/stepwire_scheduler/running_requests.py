@@ -95,6 +95,7 @@ class RunningRequests:
         stream = self._new_stream(request, sequences)
         self._num_of_tenant[request.tenant] += 1
         self._retained.forget(request.key)
+        self._write_journal()  # or a kill would bring back what was under the id before
         if self._journal is not None and request.resume_window_ms:
             stream.recorder = self._journal.accept(request, model)
         self._entries[request.key] = _Entry(
