@@ -186,6 +186,17 @@ class ExecutorConfig:
         ),
     )
     """Rule that accepts drafted tokens."""
+    speculative_model: str | None = field(
+        default=None,
+        metadata=_setting(
+            texts.path,
+            "directory or .gguf file of a smaller model with the same tokenizer, which proposes "
+            "tokens where the scheduler asks for drafts",
+            metavar="PATH",
+        ),
+    )
+    """As model, of the draft model; None has none. It is computed in dtype and kv_cache_dtype as the
+    model is, where they are not auto, and whole on every rank."""
     tensor_parallel_size: int = field(
         default=1,
         metadata=_setting(

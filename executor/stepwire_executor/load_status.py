@@ -43,6 +43,12 @@ class ModelDescription:
     """Bytes of the packed weights."""
     kv_cache_bytes: int
     """Bytes of the KV pool."""
+    draft_model: str = ""
+    """Name of the draft model's directory or file; empty where there is none."""
+    draft_weight_bytes: int = 0
+    """Part of weight_bytes."""
+    draft_kv_cache_bytes: int = 0
+    """Part of kv_cache_bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,16 @@ from stepwire_executor.model.locate import find_gguf
 from stepwire_executor.model.tokenizer_conversion import convert_gguf_tokenizer
 from stepwire_executor.parallel.rendezvous import join_group
 from stepwire_executor.runner import Runner
+from stepwire_executor.speculation.loading import (
+    check_draft_model,
+    draft_model_name,
+    load_draft_model,
+)
 
 _MODEL_SHARE = 0.9
 """Part of the load's progress bar that the weights take."""
+_TARGET_SHARE = 0.7
+"""The part of it that is the target's, where there is a draft model."""
 
 _log: Any = structlog.get_logger("stepwire_executor.loading")
 
@@ -55,6 +62,11 @@ def load_runner(
         raise ModelLoadError(str(error)) from None
     on_progress("convert tokenizer", 0.0)
     _convert_tokenizer(Path(config.model))
+    target_share = _MODEL_SHARE
+    if config.speculative_model is not None:
+        on_progress("compare the draft model's tokenizer", 0.0)
+        check_draft_model(config)
+        target_share = _TARGET_SHARE
     group = join_group(
         config,
         device,
@@ -70,8 +82,17 @@ def load_runner(
         max_model_len=config.max_model_len,
         load_format=config.load_format,
         has_fp8_kv_cache=config.kv_cache_dtype == "fp8",
-        on_progress=lambda phase, fraction: on_progress(phase, _MODEL_SHARE * fraction),
+        on_progress=lambda phase, fraction: on_progress(phase, target_share * fraction),
         group=group,
+    )
+    draft = load_draft_model(
+        config,
+        kernels=kernels,
+        device=device,
+        max_model_len=model.max_model_len,
+        on_progress=lambda phase, fraction: on_progress(
+            phase, target_share + (_MODEL_SHARE - target_share) * fraction
+        ),
     )
     if group.world_size > 1:
         on_progress("wait for the other ranks", _MODEL_SHARE)
@@ -94,6 +115,7 @@ def load_runner(
         group=group,
         kv_dtype=kv_dtype,
         key_offsets=key_offsets,
+        draft=draft,
     )
     # Triton's kernels get the engine they are for, also where an interpreter runs them.
     is_device = device.type != "cpu" or kernels.is_capturable
@@ -106,6 +128,11 @@ def load_runner(
     gc.collect()
     gc.freeze()
     dtype_name, kv_dtype_name = _name(model.dtype), _name(parts.kv_dtype)
+    draft_parts: tuple[str, ...] = ()
+    draft_weight_bytes = 0
+    if draft is not None:
+        draft_parts = (draft.model.fingerprint, _name(draft.kv_dtype))
+        draft_weight_bytes = draft.model.weight_bytes
     return runner, ModelDescription(
         model_fingerprint=_fingerprint(
             model.fingerprint,
@@ -114,6 +141,7 @@ def load_runner(
             kernels.name,
             str(group.world_size),
             config.speculative_verification,
+            *draft_parts,
         ),
         architecture=model.config.architecture,
         dtype=dtype_name,
@@ -126,8 +154,11 @@ def load_runner(
         num_blocks=slots.num_blocks,
         max_num_seqs=slots.max_num_seqs,
         max_num_batched_tokens=slots.max_num_batched_tokens,
-        weight_bytes=model.weight_bytes,
-        kv_cache_bytes=cache.num_bytes,
+        weight_bytes=model.weight_bytes + draft_weight_bytes,
+        kv_cache_bytes=cache.num_bytes + cache.num_blocks * parts.draft_block_bytes,
+        draft_model=draft_model_name(config),
+        draft_weight_bytes=draft_weight_bytes,
+        draft_kv_cache_bytes=cache.num_blocks * parts.draft_block_bytes,
     )
 
 

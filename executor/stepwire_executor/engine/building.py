@@ -47,6 +47,41 @@ OnPhase = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PagedModel:
+    """A model and what its pages are like."""
+
+    model: LoadedModel
+    kv_dtype: torch.dtype
+    """Of KV pages."""
+    key_offsets: tuple[Tensor, ...] | None = None
+    """What each layer's fp8 keys are centred by; see `engine.key_offsets`."""
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of a KV block over all layers."""
+        has_static_scales = self.model.static_kv_scales is not None
+        return bytes_per_block(**self._geometry(block_size), has_static_scales=has_static_scales)
+
+    def new_cache(self, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
+        """Allocate a pool; raises MemoryError or RuntimeError where it does not fit."""
+        return KVCache(
+            num_blocks=num_blocks,
+            device=device,
+            static_scales=self.model.static_kv_scales,
+            key_offsets=self.key_offsets,
+            **self._geometry(block_size),
+        )
+
+    def _geometry(self, block_size: int) -> dict[str, Any]:
+        return {
+            "num_layers": self.model.config.num_layers,
+            "num_kv_heads": self.model.decoder.config.num_kv_heads,
+            "block_size": block_size,
+            "head_dim": self.model.config.head_dim,
+            "dtype": self.kv_dtype,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParts:
     """What an engine is built from."""
 
@@ -61,12 +96,19 @@ class EngineParts:
     """What each layer's fp8 keys are centred by; see `engine.key_offsets`."""
     group: RankGroup = SINGLE_RANK
     """The ranks that compute together."""
+    draft: PagedModel | None = None
+    """The model that proposes tokens, if any: whole on every rank, its pages beside the target's
+    under the same block ids."""
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a KV block over all layers."""
-        has_static_scales = self.model.static_kv_scales is not None
-        return bytes_per_block(**self._geometry, has_static_scales=has_static_scales)
+        """Bytes of a KV block over all layers, the draft model's included."""
+        return self._target.block_bytes(self.capacity.block_size) + self.draft_block_bytes
+
+    @property
+    def draft_block_bytes(self) -> int:
+        """The draft model's part of block_bytes."""
+        return 0 if self.draft is None else self.draft.block_bytes(self.capacity.block_size)
 
     @property
     def rule(self) -> VerificationRule:
@@ -74,21 +116,13 @@ class EngineParts:
         return make_rule(self.config.speculative_verification, self.kernels.sample)
 
     def new_cache(self, num_blocks: int) -> KVCache:
-        """Allocate a pool; raises ModelLoadError where it does not fit."""
-        try:
-            return KVCache(
-                num_blocks=num_blocks,
-                device=self.device,
-                static_scales=self.model.static_kv_scales,
-                key_offsets=self.key_offsets,
-                **self._geometry,
-            )
-        except (MemoryError, RuntimeError):
-            raise ModelLoadError(
-                f"the KV cache of {num_blocks} blocks "
-                f"({num_blocks * self.block_bytes / _GIB:.2f} GiB) does not fit in memory: lower "
-                "--num-kv-blocks, --kv-cache-memory-bytes or --gpu-memory-utilization"
-            ) from None
+        """Allocate the target's pool; raises ModelLoadError where it does not fit."""
+        return self._new_cache(self._target, num_blocks)
+
+    def new_draft_cache(self, num_blocks: int) -> KVCache:
+        """As new_cache, of the draft model, which there must be."""
+        assert self.draft is not None
+        return self._new_cache(self.draft, num_blocks)
 
     def new_slots(self, *, num_blocks: int, max_model_len: int) -> SlotTable:
         """Make an empty slot table."""
@@ -102,14 +136,18 @@ class EngineParts:
         )
 
     @property
-    def _geometry(self) -> dict[str, Any]:
-        return {
-            "num_layers": self.model.config.num_layers,
-            "num_kv_heads": self.model.decoder.config.num_kv_heads,
-            "block_size": self.capacity.block_size,
-            "head_dim": self.model.config.head_dim,
-            "dtype": self.kv_dtype,
-        }
+    def _target(self) -> PagedModel:
+        return PagedModel(model=self.model, kv_dtype=self.kv_dtype, key_offsets=self.key_offsets)
+
+    def _new_cache(self, paged: PagedModel, num_blocks: int) -> KVCache:
+        try:
+            return paged.new_cache(num_blocks, self.capacity.block_size, self.device)
+        except (MemoryError, RuntimeError):
+            raise ModelLoadError(
+                f"the KV cache of {num_blocks} blocks "
+                f"({num_blocks * self.block_bytes / _GIB:.2f} GiB) does not fit in memory: lower "
+                "--num-kv-blocks, --kv-cache-memory-bytes or --gpu-memory-utilization"
+            ) from None
 
 
 def build_host_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
