@@ -40,16 +40,18 @@ def write_truncated_model(
 ) -> None:
     """Write a directory with some layers of the model at source, in their order.
 
-    source: a directory or a .gguf file. layers: indices into its layers, rising; None is all. dtype:
-    of the copy, "auto" is what the model is computed in. Raises ModelLoadError for a model that
-    cannot be read, ValueError for layers that it does not have.
+    source: a directory or a .gguf file. layers: indices into its layers, rising; None is all.
+    dtype: of the copy, "auto" is what the model is computed in. Raises ModelLoadError for a model
+    that cannot be read, ValueError for layers that it does not have.
     """
     config, weights = open_checkpoint(source)
     try:
         check_tensors(config, weights)
         kept = range(config.num_layers) if layers is None else layers
-        if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < (
-            config.num_layers
+        if (
+            not kept
+            or list(kept) != sorted(set(kept))
+            or not 0 <= kept[0] <= kept[-1] < (config.num_layers)
         ):
             raise ValueError(f"layers must rise within 0..{config.num_layers - 1}, not {layers}")
         resolved = resolve_dtype(
@@ -74,7 +76,7 @@ def write_truncated_model(
 
 
 def parse_layers(text: str) -> list[int]:
-    """"0-3,7" is [0, 1, 2, 3, 7]; raises ValueError."""
+    """ "0-3,7" is [0, 1, 2, 3, 7]; raises ValueError."""
     layers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")

@@ -195,8 +195,8 @@ class ExecutorConfig:
             metavar="PATH",
         ),
     )
-    """As model, of the draft model; None has none. It is computed in dtype and kv_cache_dtype as the
-    model is, where they are not auto, and whole on every rank."""
+    """As model, of the draft model; None has none. Where dtype and kv_cache_dtype are not auto it
+    has them too; it is whole on every rank."""
     tensor_parallel_size: int = field(
         default=1,
         metadata=_setting(

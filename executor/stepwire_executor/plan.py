@@ -7,14 +7,16 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepwire_executor.config import ExecutorConfig, resolve_capacity
+from stepwire_executor.config import ExecutorConfig, LoadFormat, resolve_capacity
 from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kv_cache import FP8_DTYPE
+from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.loader import (
     SUPPORTED_DTYPES,
     open_checkpoint,
@@ -25,6 +27,7 @@ from stepwire_executor.model.memory import MemoryPlan, estimate_memory
 from stepwire_executor.model.weights.expected import check_tensors, expected_tensors
 from stepwire_executor.model.weights.kv_scales import find_static_scales
 from stepwire_executor.parallel.sharding import has_own_head, make_shard
+from stepwire_executor.speculation.loading import check_draft_model, draft_model_name
 
 _SUMMED = ("weight_bytes", "activation_bytes", "kv_bytes_per_block", "kv_bytes_per_token")
 """Fields of MemoryPlan that all ranks' devices need together."""
@@ -46,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tensor_parallel_size=options.tensor_parallel_size,
             gpu_memory_bytes=options.gpu_memory_bytes,
             gpu_memory_utilization=options.gpu_memory_utilization,
+            speculative_model=options.speculative_model,
         )
     except ModelLoadError as error:
         sys.stderr.write(f"{error}\n")
@@ -76,57 +80,63 @@ def plan_model(
     tensor_parallel_size: int = 1,
     gpu_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    speculative_model: Path | None = None,
 ) -> dict[str, Any]:
     """The model's memory plan and the facts it rests on, ready for JSON.
 
     Bytes are those of all ranks together, and of each under "ranks". gpu_memory_bytes: of every
-    rank's GPU, whose KV pool is added; None plans for a CPU.
+    rank's GPU, whose KV pool is added; None plans for a CPU. speculative_model: the draft model,
+    which every rank holds whole; it is part of all bytes.
     Reads headers only. Raises ModelLoadError for what load_model would refuse.
     """
     is_gpu = gpu_memory_bytes is not None
-    capacity = resolve_capacity(
-        ExecutorConfig(
-            model=str(path),
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-        ),
-        is_gpu=is_gpu,
+    settings = ExecutorConfig(
+        model=str(path),
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        load_format="dummy" if load_format == "dummy" else "auto",
+        speculative_model=None if speculative_model is None else str(speculative_model),
     )
-    config, source = open_checkpoint(path, "dummy" if load_format == "dummy" else "auto")
-    try:
-        check_tensors(config, source)
-        resolved_dtype = resolve_dtype(
-            "auto" if dtype == "auto" else SUPPORTED_DTYPES[dtype], config, source
-        )
-        kv_dtype = FP8_DTYPE if kv_cache_dtype == "fp8" else resolved_dtype
-        has_static_kv_scales = kv_dtype == FP8_DTYPE and (
-            find_static_scales(source.tensors, config.num_layers) is not None
-        )
-    finally:
-        source.close()
+    capacity = resolve_capacity(settings, is_gpu=is_gpu)
+    read = _read(path, settings.load_format, dtype, kv_cache_dtype)
+    config = read.config
     context = resolve_max_model_len(max_model_len, config)
-    # Which parts ranks hold depends on whether the head is a tensor of its own.
-    device = torch.device("cuda" if is_gpu else "cpu")
-    shards = [
-        make_shard(config, rank, tensor_parallel_size, has_own_head=has_own_head(config, device))
-        for rank in range(tensor_parallel_size)
-    ]
-    plans = [
-        estimate_memory(
-            config,
-            shard,
-            dtype=resolved_dtype,
-            kv_cache_dtype=kv_dtype,
-            block_size=capacity.block_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=capacity.max_num_seqs,
-            max_model_len=context,
-            is_gpu=is_gpu,
-            has_static_kv_scales=has_static_kv_scales,
-        )
-        for shard in shards
-    ]
+    check_draft_model(settings)
+
+    def estimates(read: _Headers, context: int, num_ranks: int) -> list[MemoryPlan]:
+        # Which parts ranks hold depends on whether the head is a tensor of its own.
+        device = torch.device("cuda" if is_gpu else "cpu")
+        own_head = has_own_head(read.config, device)
+        return [
+            estimate_memory(
+                read.config,
+                make_shard(read.config, rank, num_ranks, has_own_head=own_head),
+                dtype=read.dtype,
+                kv_cache_dtype=read.kv_dtype,
+                block_size=capacity.block_size,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=capacity.max_num_seqs,
+                max_model_len=context,
+                is_gpu=is_gpu,
+                has_static_kv_scales=read.has_static_kv_scales,
+            )
+            for rank in range(num_ranks)
+        ]
+
+    plans = estimates(read, context, tensor_parallel_size)
+    draft: dict[str, Any] = {}
+    if speculative_model is not None:
+        draft_read = _read(speculative_model, settings.load_format, dtype, kv_cache_dtype)
+        draft_context = min(context, draft_read.config.max_position_embeddings)
+        (draft_plan,) = estimates(draft_read, draft_context, 1)
+        rotary_bytes = draft_context * draft_read.config.rope.rotary_dim * 4
+        plans = [_with_draft(plan, draft_plan, rotary_bytes) for plan in plans]
+        draft = {
+            "draft_model": draft_model_name(settings),
+            "draft_weight_bytes": draft_plan.weight_bytes * tensor_parallel_size,
+            "draft_kv_bytes_per_block": draft_plan.kv_bytes_per_block * tensor_parallel_size,
+        }
     pool: dict[str, Any] = {}
     if gpu_memory_bytes is not None:
         num_blocks = min(
@@ -141,8 +151,8 @@ def plan_model(
         }
     return {
         "architecture": config.architecture,
-        "dtype": str(resolved_dtype).removeprefix("torch."),
-        "kv_cache_dtype": str(kv_dtype).removeprefix("torch."),
+        "dtype": str(read.dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(read.kv_dtype).removeprefix("torch."),
         "num_layers": config.num_layers,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
@@ -154,11 +164,63 @@ def plan_model(
         "max_num_seqs": capacity.max_num_seqs,
         "tensor_parallel_size": tensor_parallel_size,
         **pool,
+        **draft,
         "ranks": [
             {"rank": rank, **{name: getattr(plan, name) for name in ("norm_bytes", *_SUMMED)}}
             for rank, plan in enumerate(plans)
         ],
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Headers:
+    """What the headers of a checkpoint say, and flags choose."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    """Of weights and activations."""
+    kv_dtype: torch.dtype
+    """Of KV pages."""
+    has_static_kv_scales: bool
+    """Whether the checkpoint brings the scales of an fp8 cache."""
+
+
+def _read(path: Path, load_format: LoadFormat, dtype: str, kv_cache_dtype: str) -> _Headers:
+    config, source = open_checkpoint(path, load_format)
+    try:
+        check_tensors(config, source)
+        resolved_dtype = resolve_dtype(
+            "auto" if dtype == "auto" else SUPPORTED_DTYPES[dtype], config, source
+        )
+        kv_dtype = FP8_DTYPE if kv_cache_dtype == "fp8" else resolved_dtype
+        has_static_kv_scales = kv_dtype == FP8_DTYPE and (
+            find_static_scales(source.tensors, config.num_layers) is not None
+        )
+    finally:
+        source.close()
+    return _Headers(
+        config=config,
+        dtype=resolved_dtype,
+        kv_dtype=kv_dtype,
+        has_static_kv_scales=has_static_kv_scales,
+    )
+
+
+def _with_draft(plan: MemoryPlan, draft: MemoryPlan, rotary_bytes: int) -> MemoryPlan:
+    """A rank's plan with the draft model beside its part; the two never compute at once.
+
+    rotary_bytes: of the draft model's table, which stays.
+    """
+    kv_bytes_per_block = plan.kv_bytes_per_block + draft.kv_bytes_per_block
+    return replace(
+        plan,
+        num_parameters=plan.num_parameters + draft.num_parameters,
+        weight_bytes=plan.weight_bytes + draft.weight_bytes,
+        norm_bytes=plan.norm_bytes + draft.weight_bytes,
+        activation_bytes=max(plan.activation_bytes, draft.activation_bytes) + rotary_bytes,
+        kv_bytes_per_block=kv_bytes_per_block,
+        kv_bytes_per_token=kv_bytes_per_block // plan.block_size,
+    )
 
 
 def _num_blocks(plan: MemoryPlan, num_bytes: int) -> int:
@@ -179,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-num-batched-tokens", type=_positive, default=2048)
     parser.add_argument("--max-num-seqs", type=_positive, default=None)
     parser.add_argument("--max-model-len", type=_positive, default=None, help="tokens")
+    parser.add_argument(
+        "--speculative-model", type=Path, default=None, help="directory or .gguf file that drafts"
+    )
     parser.add_argument("--tensor-parallel-size", type=_positive, default=1, help="ranks")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument(

@@ -161,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_threads=options.num_threads,
             load_format=options.load_format,
             speculative_verification=options.speculative_verification,
+            speculative_model=options.speculative_model,
         )
         runner, loaded = load_runner(config, lambda phase, fraction: None)
         if loaded.model_fingerprint != description.model_fingerprint:
@@ -219,6 +220,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["sampled", "rejection"],
         default="sampled",
         help="as of the executor that wrote the log",
+    )
+    parser.add_argument(
+        "--speculative-model", help="the draft model, where the executor that wrote the log had one"
     )
     parser.add_argument("--num-threads", type=int, help="threads that compute")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")

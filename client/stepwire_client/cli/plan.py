@@ -29,6 +29,7 @@ def plan(
     max_model_len: int | None = None,
     max_num_seqs: int | None = None,
     tensor_parallel_size: int = 1,
+    speculative_model: str | None = None,
     gpu_memory_bytes: int | None = None,
     gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -53,6 +54,8 @@ def plan(
         Sequences to plan for; 64, or 256 on a GPU.
     tensor_parallel_size
         Executors that share the model; what each holds is shown too.
+    speculative_model
+        A known name, a folder or a .gguf file of a draft model, which every executor holds whole.
     gpu_memory_bytes
         Memory of the GPU, or of each, to plan for; this machine's memory if not given.
     gpu_memory_utilization
@@ -69,6 +72,8 @@ def plan(
         "--max-num-seqs": max_num_seqs,
         "--tensor-parallel-size": tensor_parallel_size,
     }
+    if speculative_model is not None:
+        flags["--speculative-model"] = fetch_model(speculative_model)
     if gpu_memory_bytes is not None:
         flags["--gpu-memory-bytes"] = gpu_memory_bytes
         flags["--gpu-memory-utilization"] = gpu_memory_utilization
@@ -98,6 +103,8 @@ def table(numbers: dict[str, Any]) -> str:
         (f"KV of {seqs} x {context} tokens", host.in_bytes(numbers["kv_bytes"])),
         ("together", host.in_bytes(total)),
     ]
+    if "draft_weight_bytes" in numbers:
+        rows.insert(1, ("of them the draft model's", host.in_bytes(numbers["draft_weight_bytes"])))
     available = numbers["available_bytes"]
     if available is not None:
         rows.append(("available", host.in_bytes(available)))
@@ -131,8 +138,9 @@ def _rank_lines(numbers: dict[str, Any]) -> list[str]:
     even = split / len(ranks) + ranks[0]["norm_bytes"]
     most = max(each["weight_bytes"] for each in ranks)
     lines.append(
-        f"an even share is 1/{len(ranks)} of {host.in_bytes(split)} and the norms' "
-        f"{host.in_bytes(ranks[0]['norm_bytes'])}; the largest rank has {most / even:.2%} of it"
+        f"an even share is 1/{len(ranks)} of {host.in_bytes(split)} and the "
+        f"{host.in_bytes(ranks[0]['norm_bytes'])} that each holds whole; "
+        f"the largest rank has {most / even:.2%} of it"
     )
     return lines
 

@@ -32,6 +32,7 @@ from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.slots import SlotTable
 from stepwire_executor.speculation.interface import VerificationRule
 from stepwire_executor.speculation.rules import make_rule
+from stepwire_executor.speculation.draft_model import DraftModel
 
 GRAPH_BYTES = 4 << 20
 """Kept for each captured batch size beside the largest one's activations."""
@@ -162,6 +163,7 @@ def build_host_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
         max_num_seqs=slots.max_num_seqs,
         vocab_size=slots.vocab_size,
         rule=parts.rule,
+        proposer=_new_draft_model(parts, slots, HostQueue()),
     )
     return engine, cache, slots
 
@@ -219,6 +221,22 @@ def _warn(plan: KVCachePlan) -> KVCachePlan:
     if plan.warning is not None:
         _log.warning("kv_cache_small", detail=plan.warning)
     return plan
+
+
+def _new_draft_model(parts: EngineParts, slots: SlotTable, queue: DeviceQueue) -> DraftModel | None:
+    """Allocate the draft model's pages beside the target's. Raises ModelLoadError."""
+    if parts.draft is None:
+        return None
+    model = parts.draft.model
+    return DraftModel(
+        decoder=model.decoder,
+        cache=parts.new_draft_cache(slots.num_blocks),
+        queue=queue,
+        max_model_len=model.max_model_len,
+        draft_vocab_size=model.config.vocab_size,
+        vocab_size=slots.vocab_size,
+        max_num_batched_tokens=slots.max_num_batched_tokens,
+    )
 
 
 def _is_captured(parts: EngineParts) -> bool:

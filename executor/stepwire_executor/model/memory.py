@@ -28,7 +28,7 @@ class MemoryPlan:
     weight_bytes: int
     """As packed; on a CPU a tied table counts twice, for lookup and laid out as the head."""
     norm_bytes: int
-    """The part of weight_bytes that is whole on every rank."""
+    """The part of weight_bytes that is whole on every rank; a draft model is, all of it."""
     activation_bytes: int
     """Most that a step holds beside weights and KV: the layers' buffers or the logits, and the
     rotary table; on a GPU the tables of slots too."""

@@ -53,7 +53,9 @@ def check_same_tokenizer(
     if len(tokens) != len(draft_tokens):
         difference = f"its tokenizer has {len(draft_tokens)} tokens, the model's {len(tokens)}"
     else:
-        token_id = min(i for i in tokens.keys() | draft_tokens if tokens.get(i) != draft_tokens.get(i))
+        token_id = min(
+            i for i in tokens.keys() | draft_tokens if tokens.get(i) != draft_tokens.get(i)
+        )
         difference = (
             f"its token {token_id} is {draft_tokens.get(token_id)!r}, the model's "
             f"{tokens.get(token_id)!r}"

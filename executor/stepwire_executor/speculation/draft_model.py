@@ -6,9 +6,7 @@ them before it proposes again. Its pages hold the same tokens in the same blocks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,25 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepwire_executor.batch import StepBatch
+from stepwire_executor.engine.device_queue import DeviceQueue
 from stepwire_executor.engine.interface import Decoder
 from stepwire_executor.kv_cache import KVCache
-from stepwire_executor.slots import AppliedPlan, Int64Array, SlotTable
+from stepwire_executor.slots import AppliedPlan, Int64Array, SlotTable, StepWork
 from stepwire_executor.speculation.draft_state import DraftState
-
-
-class SampleDrafts(Protocol):
-    """Samples as the target will at the same places."""
-
-    def __call__(
-        self, logits: Tensor, slots: Int64Array, positions: Int64Array, drafts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return token ids, [num_rows] int64, and whether each is of finite logits.
-
-        logits: [num_rows, vocab_size] float32, may be overwritten. positions: of the tokens to
-        sample. drafts: [num_rows, num_drafts] int64, the tokens right before them, which the
-        slots' state does not count yet.
-        """
-        ...
+from stepwire_executor.speculation.interface import Drafts, DraftSample, DrawnTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +32,14 @@ class _Rows:
 
 
 class DraftModel:
-    """A decoder, its pages, and how far they reach."""
+    """A DraftProposer: a decoder, its pages, and how far they reach."""
 
     def __init__(
         self,
         *,
         decoder: Decoder,
         cache: KVCache,
-        sample: SampleDrafts,
+        queue: DeviceQueue,
         max_model_len: int,
         draft_vocab_size: int,
         vocab_size: int,
@@ -67,7 +52,7 @@ class DraftModel:
         """
         self._decoder = decoder
         self._cache = cache
-        self._sample = sample
+        self._queue = queue
         self._max_model_len = max_model_len
         self._draft_vocab_size = draft_vocab_size
         self._vocab_size = vocab_size
@@ -75,44 +60,50 @@ class DraftModel:
         self._state = DraftState(num_blocks=cache.num_blocks, block_size=cache.block_size)
 
     def clear(self) -> None:
-        """Forget every slot and all pages."""
+        """See DraftProposer."""
         self._state.clear()
 
     def take(self, applied: AppliedPlan, slots: SlotTable) -> None:
-        """Take a plan's changes; slots: as the plan left it, before the work is counted."""
+        """See DraftProposer."""
         self._state.take(applied, slots)
 
-    def propose(
-        self, rows: Int64Array, num_drafts: Int64Array, slots: SlotTable
-    ) -> list[Int64Array]:
-        """Propose up to num_drafts tokens, at least 1, behind the last known token of each slot.
+    def propose(self, work: StepWork, slots: SlotTable, sample: DraftSample) -> Drafts:
+        """See DraftProposer.
 
-        rows: [num_seqs] slots, whose block tables have room for the drafts. Returns the drafts of
-        each, in order: none where tokens are still to be caught up with, for which a step has
-        max_num_batched_tokens, the sequences that lack fewest first.
+        A sequence of which the draft model lacks tokens has none until it caught up with them, for
+        which a step has max_num_batched_tokens; those that lack fewest come first.
         """
-        drafts = [np.zeros(0, np.int64)] * rows.size
+        places = np.flatnonzero(work.num_drafts)
+        rows = work.slots[places]
         known = slots.num_tokens[rows]
         # The last draft is proposed, not computed.
-        limits = np.minimum(num_drafts, self._max_model_len - known + 1)
+        limits = np.minimum(work.num_drafts[places], self._max_model_len - known + 1)
         starts = np.minimum(self._state.num_computed_tokens(rows, slots), known - 1)
         caught, behind = self._share_budget(known - starts, limits)
+        # Those with most drafts first: the rows of every further step are then the first ones.
         order = caught[np.argsort(-limits[caught], kind="stable")]
         chosen = np.concatenate((order, behind[:, 0]))
+        num_drafts = np.zeros_like(work.num_drafts)
         if not chosen.size:
-            return drafts
+            return self._no_drafts(num_drafts)
         ends = np.concatenate((known[order], starts[behind[:, 0]] + behind[:, 1]))
         step = _Rows(slots=rows[chosen], starts=starts[chosen], ends=ends)
-        hidden = self._compute(step, slots, num_sampled=order.size, last_tokens=None)
+        hidden = self._compute(step, slots, num_sampled=order.size, token_ids=None)
         for slot, start, end in zip(step.slots, step.starts, step.ends, strict=True):
             self._state.set_computed(int(slot), int(start), int(end), slots)
-        if order.size:
-            proposed = self._continue(rows[order], known[order], limits[order], hidden, slots)
-            for place, token_ids in zip(order.tolist(), proposed, strict=True):
-                drafts[place] = token_ids
-        return drafts
+        if not order.size:
+            return self._no_drafts(num_drafts)
+        num_drafts[places[order]] = limits[order]
+        drawn = self._continue(rows[order], known[order], limits[order], hidden, slots, sample)
+        return self._in_order_of(places[order], num_drafts, drawn)
 
-    def _share_budget(self, missing: Int64Array, limits: Int64Array) -> tuple[Int64Array, Int64Array]:
+    def _no_drafts(self, num_drafts: Int64Array) -> Drafts:
+        none = torch.zeros(0, dtype=torch.int64, device=self._queue.device)
+        return Drafts(num_tokens=num_drafts, token_ids=none)
+
+    def _share_budget(
+        self, missing: Int64Array, limits: Int64Array
+    ) -> tuple[Int64Array, Int64Array]:
         """Who computes all it lacks in this step, and who a part.
 
         Returns places, and [num_behind, 2] places and numbers of tokens.
@@ -137,41 +128,31 @@ class DraftModel:
         num_drafts: Int64Array,
         hidden: Tensor,
         slots: SlotTable,
-    ) -> list[Int64Array]:
-        """Sample a draft of each sequence, then compute it and sample the next.
+        sample: DraftSample,
+    ) -> list[DrawnTokens]:
+        """Draw a draft of each sequence, then compute it and draw the next.
 
         num_drafts: falling, so that those that go on are the first rows. hidden: of the last known
-        tokens.
+        tokens. Returns what was drawn in each step, for the sequences that it was drawn for.
         """
         most = int(num_drafts[0])
         tokens = torch.zeros((rows.size, most), dtype=torch.int64, device=hidden.device)
-        is_finite = torch.zeros((rows.size, most), dtype=torch.bool, device=hidden.device)
+        drawn: list[DrawnTokens] = []
         for step in range(most):
             num_rows = int((num_drafts > step).sum())
             if step:
                 at = known[:num_rows] + step - 1
                 single = _Rows(slots=rows[:num_rows], starts=at, ends=at + 1)
                 hidden = self._compute(
-                    single, slots, num_sampled=num_rows, last_tokens=tokens[:num_rows, step - 1]
+                    single, slots, num_sampled=num_rows, token_ids=tokens[:num_rows, step - 1]
                 )
-            sampled, finite = self._sample(
-                self._fitting(self._decoder.logits(hidden)),
-                rows[:num_rows],
-                known[:num_rows] + step,
-                tokens[:num_rows, :step],
-            )
-            tokens[:num_rows, step] = sampled
-            is_finite[:num_rows, step] = finite
-        # What follows logits that are not finite is nothing to propose.
-        num_usable = is_finite.long().cumprod(dim=1).sum(dim=1).tolist()
-        proposed = []
-        for row, token_ids in enumerate(tokens.cpu().numpy()):
-            usable = token_ids[: num_usable[row]].copy()
-            # The keys and values of the last one are not there.
-            computed = usable[: int(num_drafts[row]) - 1]
-            self._state.set_drafted(int(rows[row]), int(known[row]), computed, slots)
-            proposed.append(usable)
-        return proposed
+            logits = self._fitting(self._decoder.logits(hidden))
+            drawn.append(sample(logits, rows[:num_rows], tokens[:num_rows, :step]))
+            tokens[:num_rows, step] = drawn[-1].token_ids
+        for slot, start, num in zip(rows, known, num_drafts, strict=True):
+            # The last draft was drawn, and never computed.
+            self._state.set_drafted(int(slot), int(start), int(num) - 1)
+        return drawn
 
     def _compute(
         self,
@@ -179,11 +160,11 @@ class DraftModel:
         slots: SlotTable,
         *,
         num_sampled: int,
-        last_tokens: Tensor | None,
+        token_ids: Tensor | None,
     ) -> Tensor:
         """Final hidden states of the last tokens of the first num_sampled sequences.
 
-        last_tokens: the tokens to compute, one a sequence; None takes what the slots know.
+        token_ids: to compute, one a sequence; None takes what the slots know.
         """
         lengths = rows.ends - rows.starts
         cu_seqlens_q = np.zeros(lengths.size + 1, np.int64)
@@ -192,23 +173,21 @@ class DraftModel:
         positions = np.arange(cu_seqlens_q[-1]) - np.repeat(
             cu_seqlens_q[:-1] - rows.starts, lengths
         )
-        if last_tokens is None:
-            last_tokens = torch.from_numpy(slots.token_ids[places, positions].astype(np.int64))
         block_ids = slots.block_table[places, positions // slots.block_size].astype(np.int64)
+        slot_mapping = block_ids * slots.block_size + positions % slots.block_size
         num_columns = -(-int(rows.ends.max()) // slots.block_size)
+        upload = self._queue.upload
+        if token_ids is None:
+            token_ids = upload(slots.token_ids[places, positions].astype(np.int64))
         batch = StepBatch(
             # A token that the draft model does not know spoils the drafts behind it, no more.
-            token_ids=torch.where(last_tokens < self._draft_vocab_size, last_tokens, 0),
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(
-                block_ids * slots.block_size + positions % slots.block_size
-            ),
-            cu_seqlens_q=torch.from_numpy(cu_seqlens_q.astype(np.int32)),
-            seq_lens=torch.from_numpy(rows.ends.astype(np.int32)),
-            block_table=torch.from_numpy(
-                np.ascontiguousarray(slots.block_table[rows.slots, :num_columns])
-            ),
-            logit_rows=torch.from_numpy(cu_seqlens_q[1 : num_sampled + 1] - 1),
+            token_ids=torch.where(token_ids < self._draft_vocab_size, token_ids, 0),
+            positions=upload(positions),
+            slot_mapping=upload(slot_mapping),
+            cu_seqlens_q=upload(cu_seqlens_q.astype(np.int32)),
+            seq_lens=upload(rows.ends.astype(np.int32)),
+            block_table=upload(np.ascontiguousarray(slots.block_table[rows.slots, :num_columns])),
+            logit_rows=upload(cu_seqlens_q[1 : num_sampled + 1] - 1),
             max_query_len=int(lengths.max()),
         )
         return self._decoder.hidden_states(batch, self._cache)
@@ -219,3 +198,26 @@ class DraftModel:
         if missing > 0:
             return functional.pad(logits, (0, missing), value=-torch.inf)
         return logits[:, : self._vocab_size].contiguous()
+
+    def _in_order_of(
+        self, places: Int64Array, num_drafts: Int64Array, drawn: list[DrawnTokens]
+    ) -> Drafts:
+        """Lay drafts out sequence by sequence.
+
+        places: [num_rows], of the sequences that draw in the work list; the rows of each of drawn
+        are the first of them. num_drafts: [num_seqs], of the whole work list.
+        """
+        first_drafts = np.cumsum(num_drafts) - num_drafts
+        targets = np.concatenate(
+            [
+                first_drafts[places[: each.token_ids.shape[0]]] + step
+                for step, each in enumerate(drawn)
+            ]
+        )
+        sources = self._queue.upload(np.argsort(targets))
+        probabilities = [each.probabilities for each in drawn if each.probabilities is not None]
+        return Drafts(
+            num_tokens=num_drafts,
+            token_ids=torch.cat([each.token_ids for each in drawn])[sources],
+            probabilities=torch.cat(probabilities)[sources] if probabilities else None,
+        )

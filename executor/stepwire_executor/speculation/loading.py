@@ -87,9 +87,7 @@ def _naming(config: ExecutorConfig) -> Iterator[None]:
     try:
         yield
     except ModelLoadError as error:
-        raise ModelLoadError(
-            f"--speculative-model {draft_model_name(config)}: {error}"
-        ) from None
+        raise ModelLoadError(f"--speculative-model {draft_model_name(config)}: {error}") from None
 
 
 def _vocab_size(config: ExecutorConfig, path: Path) -> int:
