@@ -25,29 +25,24 @@ def check_same_tokenizer(
     vocab_size, draft_vocab_size: rows of the two heads. Where both have a tokenizer these may
     differ: they are often padded, each to its own size. Where one has none they must be equal.
     """
-    texts = [_tokenizer_text(each) for each in (path, draft_path)]
-    if texts[0] is not None and texts[0] == texts[1]:
-        return
-    if texts[0] is None or texts[1] is None:
+    text, draft_text = _tokenizer_text(path), _tokenizer_text(draft_path)
+    if text is None or draft_text is None:
         if vocab_size != draft_vocab_size:
             raise ModelLoadError(
                 f"its vocabulary has {draft_vocab_size} tokens, the model's {vocab_size}: choose a "
                 "draft model with the same tokenizer"
             )
-        lacks = " and ".join(
-            name
-            for name, text in zip(("the model", "the draft model"), texts, strict=True)
-            if text is None
-        )
         _log.warning(
             "draft_tokenizer_not_compared",
-            reason=f"{lacks} came without a tokenizer",
+            reason="no tokenizer came with "
+            + ("the model" if text is None else "the draft model")
+            + (" and none with the draft model" if text is draft_text is None else ""),
             detail=f"only the sizes of the vocabularies, {vocab_size}, were compared",
         )
         return
-    tokens, draft_tokens = (
-        _tokens(each, text) for each, text in zip((path, draft_path), texts, strict=True)
-    )
+    if text == draft_text:
+        return
+    tokens, draft_tokens = _tokens(path, text), _tokens(draft_path, draft_text)
     if tokens == draft_tokens:
         return
     if len(tokens) != len(draft_tokens):

@@ -17,9 +17,10 @@ from stepwire_executor.batch import StepBatch
 from stepwire_executor.engine.device_queue import DeviceQueue
 from stepwire_executor.engine.interface import Decoder
 from stepwire_executor.kv_cache import KVCache
-from stepwire_executor.slots import AppliedPlan, Int64Array, SlotTable, StepWork
+from stepwire_executor.slots import SlotTable
 from stepwire_executor.speculation.draft_state import DraftState
 from stepwire_executor.speculation.interface import Drafts, DraftSample, DrawnTokens
+from stepwire_executor.step_work import AppliedPlan, Int64Array, StepWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

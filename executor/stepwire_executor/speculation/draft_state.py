@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from stepwire_executor.slots import AppliedPlan, Int64Array, SlotTable
+from stepwire_executor.slots import SlotTable
+from stepwire_executor.step_work import AppliedPlan, Int64Array
 
 
 class DraftState:
@@ -54,7 +55,8 @@ class DraftState:
         block_ids = slots.block_table[rows, :num_columns]
         num_valid[:, :num_columns] = np.where(block_ids >= 0, self._num_valid[block_ids], 0)
         first = (num_valid < self._block_size).argmax(axis=1)
-        return first * self._block_size + num_valid[np.arange(rows.size), first]
+        num_computed: Int64Array = first * self._block_size + num_valid[np.arange(rows.size), first]
+        return num_computed
 
     def set_computed(self, slot: int, start: int, end: int, slots: SlotTable) -> None:
         """Positions start to end of a sequence are valid, as all before them are."""
