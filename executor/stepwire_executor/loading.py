@@ -12,7 +12,7 @@ import structlog
 import torch
 from stepwire.executor.v1.executor_pb2 import Admission, SamplingParams, StepPlan
 
-from stepwire_executor.config import ExecutorConfig, resolve_capacity
+from stepwire_executor.config import ExecutorConfig, blocks_for, resolve_capacity
 from stepwire_executor.device import choose_device, device_label
 from stepwire_executor.engine.building import EngineParts, build_device_engine, build_host_engine
 from stepwire_executor.engine.key_offsets import measure_key_offsets
@@ -123,7 +123,7 @@ def load_runner(
     engine, cache, slots = build(parts, lambda phase: on_progress(phase, 0.95))
     runner = Runner(engine=engine, slots=slots, group=group)
     on_progress("warm up", 0.98)
-    _warm_up(runner)
+    _warm_up(runner, has_draft_model=draft is not None)
     # The model's objects live as long as the process: keep the collector off them.
     gc.collect()
     gc.freeze()
@@ -187,15 +187,29 @@ def _convert_tokenizer(path: Path) -> None:
         )
 
 
-def _warm_up(runner: Runner) -> None:
+def _warm_up(runner: Runner, *, has_draft_model: bool) -> None:
     """Run one token, so that the first request does not pay for lazy initialisation."""
+    slots = runner.slots
+    # A draft needs room for a second token.
+    has_room = min(slots.max_model_len, slots.max_num_batched_tokens) > 1
+    num_drafts = 1 if has_draft_model and has_room else 0
     runner.open_epoch(0)
-    params = SamplingParams(top_p=1.0, repetition_penalty=1.0)
     admission = Admission(
-        slot=0, token_ids=[0], num_prompt_tokens=1, block_ids=[0], sampling_params=params
+        slot=0,
+        token_ids=[0],
+        num_prompt_tokens=1,
+        block_ids=range(blocks_for(1 + num_drafts, slots.block_size)),
+        sampling_params=SamplingParams(top_p=1.0, repetition_penalty=1.0),
     )
     runner.execute(
-        StepPlan(epoch=0, step_id=1, admissions=[admission], work_slots=[0], work_num_tokens=[1])
+        StepPlan(
+            epoch=0,
+            step_id=1,
+            admissions=[admission],
+            work_slots=[0],
+            work_num_tokens=[1],
+            work_num_drafts=[num_drafts],
+        )
     )
 
 

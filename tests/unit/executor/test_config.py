@@ -42,6 +42,7 @@ def test_every_setting_can_be_given_as_a_flag_and_in_the_environment() -> None:
         "device": "cuda:1",
         "gpu_memory_utilization": "0.5",
         "enforce_eager": "true",
+        "speculative_model": "d",
         "tensor_parallel_size": "4",
         "rank": "2",
         "collective_timeout_ms": "900",
