@@ -163,7 +163,7 @@ def build_host_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
         max_num_seqs=slots.max_num_seqs,
         vocab_size=slots.vocab_size,
         rule=parts.rule,
-        proposer=_new_draft_model(parts, slots, HostQueue()),
+        proposer=_new_draft_model(parts, slots, HostQueue(), is_host_engine=True),
     )
     return engine, cache, slots
 
@@ -184,7 +184,7 @@ def build_device_engine(parts: EngineParts, on_phase: OnPhase) -> Built:
         plan = _agreed(parts, plan)
         cache = parts.new_cache(plan.num_blocks)
         slots = parts.new_slots(num_blocks=plan.num_blocks, max_model_len=plan.max_model_len)
-        engine = _device_engine(parts, queue, cache, slots)
+        engine = _device_engine(parts, queue, cache, slots, _new_draft_model(parts, slots, queue))
         if is_gpu and _is_captured(parts):
             on_phase("capture graphs")
             graph_bytes = peak_bytes(parts.device, lambda: engine.capture(CudaGraphs()))
@@ -223,7 +223,9 @@ def _warn(plan: KVCachePlan) -> KVCachePlan:
     return plan
 
 
-def _new_draft_model(parts: EngineParts, slots: SlotTable, queue: DeviceQueue) -> DraftModel | None:
+def _new_draft_model(
+    parts: EngineParts, slots: SlotTable, queue: DeviceQueue, *, is_host_engine: bool = False
+) -> DraftModel | None:
     """Allocate the draft model's pages beside the target's. Raises ModelLoadError."""
     if parts.draft is None:
         return None
@@ -236,6 +238,7 @@ def _new_draft_model(parts: EngineParts, slots: SlotTable, queue: DeviceQueue) -
         draft_vocab_size=model.config.vocab_size,
         vocab_size=slots.vocab_size,
         max_num_batched_tokens=slots.max_num_batched_tokens,
+        trims_block_tables=is_host_engine,
     )
 
 
@@ -244,7 +247,11 @@ def _is_captured(parts: EngineParts) -> bool:
 
 
 def _device_engine(
-    parts: EngineParts, queue: DeviceQueue, cache: KVCache, slots: SlotTable
+    parts: EngineParts,
+    queue: DeviceQueue,
+    cache: KVCache,
+    slots: SlotTable,
+    draft_model: DraftModel | None,
 ) -> DeviceEngine:
     return DeviceEngine(
         decoder=parts.model.decoder,
@@ -253,6 +260,7 @@ def _device_engine(
         slots=slots,
         queue=queue,
         rule=parts.rule,
+        proposer=draft_model,
     )
 
 
@@ -265,17 +273,23 @@ def _measured_plan(parts: EngineParts, queue: DeviceQueue) -> KVCachePlan:
     """
     capacity, device = parts.capacity, parts.device
     slots = parts.new_slots(num_blocks=1, max_model_len=parts.model.max_model_len)
-    engine = _device_engine(parts, queue, parts.new_cache(1), slots)
+    draft_model = _new_draft_model(parts, slots, queue)
+    engine = _device_engine(parts, queue, parts.new_cache(1), slots, draft_model)
     total_bytes, used_bytes = total_and_used_bytes(device)
+
+    def run_padding(lengths: list[int]) -> None:
+        engine.run_padding(lengths)
+        if draft_model is not None:
+            draft_model.run_padding(lengths, slots)
 
     def run_steps() -> None:
         for num_tokens in LINEAR_CLASSES:
             if num_tokens <= min(capacity.max_num_batched_tokens, slots.max_model_len):
-                engine.run_padding([num_tokens])
+                run_padding([num_tokens])
         num_seqs = 1
         while True:
             longest = min(capacity.max_num_batched_tokens - num_seqs + 1, slots.max_model_len)
-            engine.run_padding([longest] + [1] * (num_seqs - 1))
+            run_padding([longest] + [1] * (num_seqs - 1))
             if num_seqs == capacity.max_num_seqs:
                 return
             num_seqs = min(2 * num_seqs, capacity.max_num_seqs)

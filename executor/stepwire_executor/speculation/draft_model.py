@@ -6,6 +6,7 @@ them before it proposes again. Its pages hold the same tokens in the same blocks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepwire_executor.batch import StepBatch
+from stepwire_executor.config import blocks_for
 from stepwire_executor.engine.device_queue import DeviceQueue
 from stepwire_executor.engine.interface import Decoder
 from stepwire_executor.kv_cache import KVCache
@@ -45,11 +47,14 @@ class DraftModel:
         draft_vocab_size: int,
         vocab_size: int,
         max_num_batched_tokens: int,
+        trims_block_tables: bool,
     ) -> None:
         """Join the parts.
 
         max_model_len: positions that the decoder can compute; drafts end there. vocab_size: of the
-        target; tokens that only one of the two has are never proposed.
+        target; tokens that only one of the two has are never proposed. trims_block_tables: whether
+        batches have only the columns that they need; as the engine does it, as on a device bits
+        may depend on it.
         """
         self._decoder = decoder
         self._cache = cache
@@ -58,11 +63,35 @@ class DraftModel:
         self._draft_vocab_size = draft_vocab_size
         self._vocab_size = vocab_size
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._trims_block_tables = trims_block_tables
         self._state = DraftState(num_blocks=cache.num_blocks, block_size=cache.block_size)
 
     def clear(self) -> None:
         """See DraftProposer."""
         self._state.clear()
+
+    @torch.inference_mode()
+    def run_padding(self, lengths: Sequence[int], slots: SlotTable) -> None:
+        """Run a step of nothing real, to compile its kernels or to see what memory it takes.
+
+        lengths: tokens of each sequence; what is beyond the draft model's context is left out.
+        """
+        sizes = np.minimum(np.array(lengths, np.int64), self._max_model_len)
+        ends = np.cumsum(sizes)
+        num_tokens = int(ends[-1])
+        upload = self._queue.upload
+        batch = StepBatch(
+            token_ids=upload(np.zeros(num_tokens, np.int64)),
+            positions=upload(np.arange(num_tokens) - np.repeat(ends - sizes, sizes)),
+            slot_mapping=upload(np.full(num_tokens, -1)),
+            cu_seqlens_q=upload(np.concatenate(([0], ends)).astype(np.int32)),
+            seq_lens=upload(sizes.astype(np.int32)),
+            block_table=upload(np.zeros((sizes.size, slots.max_blocks_per_seq), np.int32)),
+            logit_rows=upload(ends - 1),
+            max_query_len=int(sizes.max()),
+        )
+        self._fitting(self._decoder.logits(self._decoder.hidden_states(batch, self._cache)))
+        self._queue.mark().wait()
 
     def take(self, applied: AppliedPlan, slots: SlotTable) -> None:
         """See DraftProposer."""
@@ -176,7 +205,9 @@ class DraftModel:
         )
         block_ids = slots.block_table[places, positions // slots.block_size].astype(np.int64)
         slot_mapping = block_ids * slots.block_size + positions % slots.block_size
-        num_columns = -(-int(rows.ends.max()) // slots.block_size)
+        num_columns = slots.max_blocks_per_seq
+        if self._trims_block_tables:
+            num_columns = blocks_for(int(rows.ends.max()), slots.block_size)
         upload = self._queue.upload
         if token_ids is None:
             token_ids = upload(slots.token_ids[places, positions].astype(np.int64))

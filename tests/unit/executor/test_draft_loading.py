@@ -119,9 +119,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused_before_anything_is_loa
     draft = write_tiny_model(tmp_path, vocab_size=VOCAB_SIZE + 1)
     seen: list[str] = []
     config = ExecutorConfig(model=str(target), speculative_model=str(draft))
-    with pytest.raises(
-        ModelLoadError, match="its vocabulary has 102 tokens, the model's 101"
-    ):
+    with pytest.raises(ModelLoadError, match="its vocabulary has 102 tokens, the model's 101"):
         load_runner(config, lambda phase, done: seen.append(phase))
     assert "read weights" not in seen
 
@@ -244,7 +242,9 @@ def _plan(target: Path, draft: Path | None, **settings: Any) -> dict[str, Any]:
     )
 
 
-def test_a_plan_counts_both_models_and_their_pages_as_loading_does(target: Path, draft: Path) -> None:
+def test_a_plan_counts_both_models_and_their_pages_as_loading_does(
+    target: Path, draft: Path
+) -> None:
     description, _ = _load(target, draft)
     planned, alone, own = _plan(target, draft), _plan(target, None), _plan(draft, None)
     assert planned["draft_model"] == "little"

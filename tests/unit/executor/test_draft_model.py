@@ -16,6 +16,7 @@ from stepwire_executor.speculation.draft_state import DraftState
 from support import drafting_scenarios as scenarios
 from support.drafting import (
     BLOCK_SIZE,
+    BUILDERS,
     VOCAB_SIZE,
     Tally,
     load_tiny_model,
@@ -61,13 +62,14 @@ def _run(scenario: Scenario, target: LoadedModel, **options: Any) -> Tally:
     )
 
 
+@pytest.mark.parametrize("engine_name", BUILDERS)
 @pytest.mark.parametrize(
     "scenario", [*scenarios.ALL, scenarios.slow_catching_up], ids=lambda each: each.__name__
 )
 def test_a_draft_model_that_is_the_target_is_right_after(
-    scenario: Scenario, target: LoadedModel
+    scenario: Scenario, engine_name: str, target: LoadedModel
 ) -> None:
-    tally = _run(scenario, target)
+    tally = _run(scenario, target, engine_name=engine_name)
     assert tally.num_asked > 0
     assert tally == Tally(
         num_asked=tally.num_asked, num_drafts=tally.num_asked, num_accepted=tally.num_asked
@@ -90,14 +92,14 @@ def test_drafts_are_right_in_fp8_pages_too(target: LoadedModel) -> None:
     assert tally.num_drafts == tally.num_accepted == tally.num_asked
 
 
-@pytest.mark.parametrize("num_drafts", [1, 3, 7])
+@pytest.mark.parametrize(("engine_name", "num_drafts"), [("host", 1), ("host", 5), ("device", 3)])
 def test_ids_are_those_without_drafts_whatever_the_draft_model(
-    target: LoadedModel, other: LoadedModel, num_drafts: int
+    target: LoadedModel, other: LoadedModel, engine_name: str, num_drafts: int
 ) -> None:
     params = [sampling_params(), scenarios.PENALISED, scenarios.SEEDED, scenarios.LATE]
     outputs = []
     for draft in (None, other):
-        executor = make_drafting_executor(target, draft)
+        executor = make_drafting_executor(target, draft, engine_name=engine_name)
         sequences = [
             executor.join(slot, prompt(5 + slot), params=each) for slot, each in enumerate(params)
         ]
