@@ -433,6 +433,31 @@ def test_plan_shows_what_each_rank_holds() -> None:
     assert "106.62%" in text
 
 
+def test_plan_shows_the_draft_models_part() -> None:
+    numbers = {**NUMBERS, "available_bytes": 1 << 30, "draft_weight_bytes": 120 << 20}
+    lines = plan.table(numbers).splitlines()
+    assert lines[0].split() == ["weights", "300.0", "MiB"]
+    assert lines[1].split()[-2:] == ["120.0", "MiB"]
+    assert "draft" not in plan.table({**NUMBERS, "available_bytes": 1 << 30})
+
+
+def test_plan_hands_the_draft_model_to_the_executor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    def ask(path: str, flags: dict[str, object]) -> dict[str, object]:
+        asked.append((path, flags))
+        return {**NUMBERS, "max_position_embeddings": 1024}
+
+    monkeypatch.setattr(plan, "_ask_executor", ask)
+    monkeypatch.setattr(plan, "fetch_model", lambda name: Path("/models") / name)
+    plan.plan("large", speculative_model="small", as_json=True)
+    path, flags = asked[0]
+    assert (path, str(flags["--speculative-model"])) == ("/models/large", "/models/small")
+    assert "weight_bytes" in capsys.readouterr().out
+
+
 def test_the_least_room_of_a_gpu_sets_what_fits() -> None:
     numbers = {**NUMBERS, "available_bytes": 10 << 30, "kv_cache_bytes": 1 << 30}
     text = plan.table({**numbers, "kv_cache_tokens": 3 * 1024 + 5})
