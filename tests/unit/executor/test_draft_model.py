@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stepwire_executor.engine.host import HostEngine
 from stepwire_executor.model import LoadedModel
 from stepwire_executor.speculation.draft_model import DraftModel
@@ -205,6 +206,38 @@ def test_heads_may_be_padded_to_different_sizes(
         outputs.append(sequence.output[:60])
     assert max(outputs[0]) >= VOCAB_SIZE - 9, "no token that only one of them has"
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("engine_name", BUILDERS)
+def test_a_draft_model_whose_logits_are_not_finite_harms_nobody(
+    target: LoadedModel, tmp_path: Path, engine_name: str
+) -> None:
+    broken = write_tiny_model(tmp_path)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][:] = torch.nan
+    save_file(tensors, broken / "model.safetensors")
+    outputs = []
+    for each in (None, load_tiny_model(broken)):
+        executor = make_drafting_executor(target, each, engine_name=engine_name)
+        params = [sampling_params(), scenarios.PENALISED]
+        sequences = [executor.join(slot, prompt(6), params=p) for slot, p in enumerate(params)]
+        while min(len(sequence.output) for sequence in sequences) < 20:
+            executor.step(0 if each is None else 3)
+        outputs.append([sequence.output[:20] for sequence in sequences])
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 1, 1], [5000, 2]])
+def test_padding_of_any_length_leaves_what_is_proposed_as_it_was(
+    target: LoadedModel, lengths: list[int]
+) -> None:
+    executor = make_drafting_executor(target, target, engine_name="device")
+    sequence = executor.join(0, prompt(10))
+    executor.step(3)
+    engine: Any = executor.runner._engine
+    engine._draft_source._proposer.run_padding(lengths, executor.runner.slots)
+    executor.step(3)
+    assert sequence.tally.num_accepted == sequence.tally.num_asked == 6
 
 
 def test_drafts_leave_nothing_of_themselves_in_the_block_table(
