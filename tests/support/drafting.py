@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 import transformers
 from stepwire.executor.v1.executor_pb2 import SamplingParams, StepPlan, StepResult
-from stepwire_executor.config import ExecutorConfig, blocks_for, resolve_capacity
+from stepwire_executor.config import (
+    ExecutorConfig,
+    SpeculativeVerificationName,
+    blocks_for,
+    resolve_capacity,
+)
 from stepwire_executor.engine.building import (
     EngineParts,
     PagedModel,
@@ -241,6 +246,7 @@ def make_drafting_executor(
     max_num_batched_tokens: int = 512,
     group: RankGroup = SINGLE_RANK,
     is_fp8: bool = False,
+    rule: SpeculativeVerificationName = "sampled",
 ) -> DraftingExecutor:
     config = ExecutorConfig(
         model="m",
@@ -248,6 +254,7 @@ def make_drafting_executor(
         num_kv_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         max_num_batched_tokens=max_num_batched_tokens,
+        speculative_verification=rule,
     )
 
     def paged(each: LoadedModel) -> PagedModel:

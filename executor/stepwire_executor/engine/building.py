@@ -30,9 +30,9 @@ from stepwire_executor.memory import (
 from stepwire_executor.model.loader import LoadedModel
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.slots import SlotTable
+from stepwire_executor.speculation.draft_model import DraftModel
 from stepwire_executor.speculation.interface import VerificationRule
 from stepwire_executor.speculation.rules import make_rule
-from stepwire_executor.speculation.draft_model import DraftModel
 
 GRAPH_BYTES = 4 << 20
 """Kept for each captured batch size beside the largest one's activations."""

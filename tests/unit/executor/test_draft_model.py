@@ -93,6 +93,31 @@ def test_drafts_are_right_in_fp8_pages_too(target: LoadedModel) -> None:
     assert tally.num_drafts == tally.num_accepted == tally.num_asked
 
 
+@pytest.mark.parametrize("engine_name", BUILDERS)
+def test_rejection_accepts_all_that_is_drawn_from_the_targets_own_distribution(
+    target: LoadedModel, engine_name: str
+) -> None:
+    executor = make_drafting_executor(target, target, engine_name=engine_name, rule="rejection")
+    tally = scenarios.different_numbers_of_drafts(executor)
+    assert tally.num_accepted == tally.num_drafts == tally.num_asked
+
+
+def test_rejection_accepts_some_of_another_draft_models_tokens_and_the_greedy_ids_stay(
+    target: LoadedModel, other: LoadedModel
+) -> None:
+    alone = make_drafting_executor(target, None)
+    expected = alone.join(0, prompt(6))
+    while len(expected.output) < 60:
+        alone.step(0)
+    executor = make_drafting_executor(target, other, rule="rejection")
+    greedy = executor.join(0, prompt(6))
+    seeded = executor.join(1, prompt(7), params=scenarios.SEEDED)
+    while len(greedy.output) < 60:
+        executor.step({0: 2, 1: 4})
+    assert greedy.output[:60] == expected.output[:60]
+    assert 0 < seeded.tally.num_accepted < seeded.tally.num_drafts
+
+
 @pytest.mark.parametrize(("engine_name", "num_drafts"), [("host", 1), ("host", 5), ("device", 3)])
 def test_ids_are_those_without_drafts_whatever_the_draft_model(
     target: LoadedModel, other: LoadedModel, engine_name: str, num_drafts: int
