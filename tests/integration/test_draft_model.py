@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from stepwire_client import Client, ClusterConfig, Generation, LocalCluster, SamplingParams
 from stepwire_executor.config import ExecutorConfig
 from stepwire_executor.loading import load_runner
 from support import drafting_scenarios as scenarios
@@ -96,3 +98,36 @@ def test_a_copy_with_fewer_layers_changes_no_token(smollm2_dir: Path, tmp_path: 
                 s.tally for s in sequences
             ]
     assert outputs[0] == outputs[1]
+
+
+def test_a_served_draft_model_changes_no_id_and_a_copy_of_the_model_is_never_wrong(
+    smollm2_dir: Path,
+) -> None:
+    config = ClusterConfig(
+        model=smollm2_dir, speculative_model=smollm2_dir, dtype="float32", max_num_seqs=8
+    )
+
+    def generate(client: Client, num_speculative_tokens: int | None) -> list[Generation]:
+        def one(index: int) -> Generation:
+            params = SamplingParams(
+                temperature=0.0 if index % 2 else 0.8,
+                seed=index,
+                max_tokens=32,
+                ignore_eos=True,
+                frequency_penalty=0.3 if index % 3 == 0 else None,
+                num_speculative_tokens=num_speculative_tokens,
+            )
+            return client.generate(_prompts()[index], params)
+
+        with ThreadPoolExecutor(6) as threads:
+            return list(threads.map(one, range(6)))
+
+    with LocalCluster(config) as cluster:
+        cluster.wait_until_ready(240)
+        with Client(cluster.address) as client:
+            without, drafted = generate(client, 0), generate(client, None)
+    assert [each.token_ids for each in without] == [each.token_ids for each in drafted]
+    assert sum(each.usage.num_draft_tokens for each in without) == 0
+    assert sum(each.usage.num_draft_tokens for each in drafted) > 0
+    for each in drafted:
+        assert each.usage.num_accepted_tokens == each.usage.num_draft_tokens
