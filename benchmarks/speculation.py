@@ -316,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch", nargs="+", type=int, choices=NUM_REQUESTS, default=[1, 4, 16])
-    parser.add_argument("--num-speculative-tokens", type=int, default=5)
+    parser.add_argument("--num-speculative-tokens", type=int, default=7)
     parser.add_argument("--num-kv-blocks", type=int, default=2_048)
     parser.add_argument("--truncated-layers", default=TRUNCATED_LAYERS)
     parser.add_argument("--rounds", type=int, default=3)
