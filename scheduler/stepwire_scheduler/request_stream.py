@@ -261,6 +261,8 @@ class RequestStream:
 
     def close(self) -> None:
         """The reader leaves: ends the request, unless it may be resumed; safe to repeat."""
+        if self._reader is None and self.detached_since_ms is not None:
+            return  # its window does not begin anew
         self._reader = None
         self._on_close(self)
 
