@@ -8,6 +8,7 @@ from stepwire_scheduler.plan import SequenceUpdate, StepOutcome, StepPlan
 from stepwire_scheduler.planner_config import PlannerConfig
 from stepwire_scheduler.running_set import RunningSet
 from stepwire_scheduler.sequence import FinishReason, Sequence, SequenceStatus
+from stepwire_scheduler.speculation.config import MAX_SPECULATIVE_TOKENS
 from stepwire_scheduler.speculation.interface import Draft, Speculator
 
 FinishFunction = Callable[[Sequence, FinishReason, int | None], None]
@@ -32,9 +33,15 @@ class Drafting:
     def plan(self, plan: StepPlan, num_decodes: int, config: PlannerConfig) -> None:
         """Draft for the leading num_decodes sequences of a plan, which compute one token each.
 
-        Takes what everything else has left of the token budget and of the free blocks.
+        Takes what everything else has left of the token budget, of the rows of logits and of the
+        free blocks.
         """
-        budget = config.max_num_batched_tokens - plan.num_scheduled_tokens
+        # Executors reckon with logits of so many rows; each token and each draft has one.
+        most_rows = max(config.max_num_seqs, 1 + MAX_SPECULATIVE_TOKENS)
+        budget = min(
+            config.max_num_batched_tokens - plan.num_scheduled_tokens,
+            most_rows - len(plan.sampled_sequences),
+        )
         indexes: list[int] = []
         limits: list[int] = []
         sequences: list[Sequence] = []

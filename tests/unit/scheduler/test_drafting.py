@@ -10,6 +10,7 @@ from stepwire_scheduler.block_table import BlockTables
 from stepwire_scheduler.plan import SequenceUpdate, StepOutcome, StepPlan
 from stepwire_scheduler.planner import Planner, PlannerConfig
 from stepwire_scheduler.sequence import FinishReason, Logprobs, Request, SamplingParams, Sequence
+from stepwire_scheduler.speculation.config import MAX_SPECULATIVE_TOKENS
 from support.scripted_speculator import DraftModelSpeculator, ScriptedSpeculator
 from support.simulated_executor import SimulatedExecutor, hashed_draft, hashed_sample, truth_of
 
@@ -98,6 +99,16 @@ class Speculating:
     def check_idle(self) -> None:
         assert not self.planner.inflight
         assert self.planner.block_pool.num_free == self.planner.config.num_blocks
+
+
+def test_no_more_rows_are_sampled_than_executors_have_logits_for() -> None:
+    world = Speculating(max_num_seqs=5, max_num_batched_tokens=64, num_blocks=80)
+    for i in range(5):
+        world.submit([1, 2, i, i + 1], request_id=f"r{i}")
+    most = 0
+    for plan in world.steps():
+        most = max(most, len(plan.sampled_sequences) + sum(plan.work_num_drafts))
+    assert most == 1 + MAX_SPECULATIVE_TOKENS
 
 
 def test_accepted_drafts_come_with_the_step_and_one_token_more() -> None:

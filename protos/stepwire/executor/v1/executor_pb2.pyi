@@ -284,7 +284,8 @@ class StepPlan(_message.Message):
         """Draft tokens to verify, work_num_drafts[i] of them behind the last known token of slot
         work_slots[i], not counted in work_num_tokens; only where the work reaches that token. Empty
         where nothing is speculated. The slot samples behind its last token and behind each draft
-        that is accepted; afterwards its block table is cut to the blocks that its tokens need.
+        that is accepted; afterwards its block table is cut to the blocks that its tokens need. A step
+        has at most max(max_num_seqs, 17) places to sample behind, drafts included.
         """
 
     @_builtins.property
