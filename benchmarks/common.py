@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def write_result(
     command = [script.stem, *sys.argv[1:]] if is_benchmark else [name]
     result = {
         "name": name,
-        "command": f"python -m benchmarks.{' '.join(command)}",
+        "command": f"python -m benchmarks.{shlex.join(command)}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": commit(),
         "machine": machine(),

@@ -1,6 +1,7 @@
 """Speculative decoding: what each method gains on work that repeats itself, and costs elsewhere.
 
 Run: python -m benchmarks.speculation [--workload NAME ...] [--methods NAME ...] [--batch N ...]
+                                      [--result NAME]
 
 One cluster a method, all of the same model and settings, run the same requests in turns; whichever
 is not measured does nothing. "copy" drafts with the target itself, which shows the bookkeeping's
@@ -49,6 +50,7 @@ OFF, HELD_AT_0 = "off", "held at 0"
 METHODS = (OFF, "ngram", "suffix", "copy", "truncated", HELD_AT_0)
 NUM_REQUESTS = {1: 4, 4: 8, 16: 16}
 """Of one round, by batch size."""
+RESULTS = ("speculation", "speculation_held_at_0", "speculation_draft_models")
 TRUNCATED_LAYERS = "0-19,28-29"
 """Of smollm2-135m's 30; without training, a copy with fewer is hardly ever right."""
 
@@ -320,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-kv-blocks", type=int, default=2_048)
     parser.add_argument("--truncated-layers", default=TRUNCATED_LAYERS)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--result", choices=RESULTS, default=RESULTS[0], help="file to write")
     options = parser.parse_args(arguments)
     if OFF not in options.methods:
         options.methods = [OFF, *options.methods]  # what all others are compared with
@@ -349,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "truncated_layers": options.truncated_layers if "truncated" in options.methods else None,
         "cells": cells,
     }
-    finish("speculation", parameters=vars(options), figures=figures, table=markdown(figures))
+    finish(options.result, parameters=vars(options), figures=figures, table=markdown(figures))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ GPU_SECTION = "gpu"
 """Holds one result file a device, and its targets where there is none."""
 _SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Results of one script with other options.
-_MODULE_OF = {"transformers_static_float32": "transformers_static"}
+_MODULE_OF = {
+    "transformers_static_float32": "transformers_static",
+    "speculation_held_at_0": "speculation",
+    "speculation_draft_models": "speculation",
+}
 
 
 def fill(page: str, results: Path) -> str:
