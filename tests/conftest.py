@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Also before anything imports triton: without a GPU its kernels are interpreted.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that runs tests in the background has these ignored, and processes inherit that.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 _PROCESS_FOLDERS = ("faults", "integration", "install")

@@ -31,10 +31,6 @@ def publish_before_writing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Journal, "keep_house", late)
 
 
-def keep_what_is_read_to_oneself(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RequestRecorder, "read", lambda recorder, num_sealed: recorder._journal.flush())
-
-
 def forget_what_was_sealed_with_its_output(patch: pytest.MonkeyPatch) -> None:
     seal, apply = OutputLog.seal, Replay.apply
 
@@ -126,7 +122,6 @@ def go_on_with_the_old_file(patch: pytest.MonkeyPatch) -> None:
     "plant",
     [
         publish_before_writing,
-        keep_what_is_read_to_oneself,
         forget_what_was_sealed_with_its_output,
         forget_the_window,
         drop_the_last_frame,

@@ -240,6 +240,17 @@ def test_what_was_not_flushed_is_lost_and_what_a_reader_got_is_not(tmp_path: Pat
     assert log.output_of(0).token_ids == [1]
 
 
+def test_keeping_what_is_read_to_oneself_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(recorder: RequestRecorder, num_sealed: int) -> None:
+        recorder._journal.flush()
+
+    monkeypatch.setattr(RequestRecorder, "read", read)
+    with pytest.raises(AssertionError):
+        test_what_was_not_flushed_is_lost_and_what_a_reader_got_is_not(tmp_path)
+
+
 def test_an_end_that_is_cut_off_at_any_byte_costs_the_last_frame(tmp_path: Path) -> None:
     journal = opened(tmp_path / "whole")
     recorded = accept(journal)
