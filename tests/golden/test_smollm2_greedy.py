@@ -66,6 +66,7 @@ def test_our_tokenizer_renders_the_golden_prompts(
     assert rendered == [case["prompt_token_ids"] for case in cases]
 
 
+@pytest.mark.long
 def test_golden_ids_are_what_transformers_generates_now(
     smollm2_dir: Path, cases: list[dict[str, Any]]
 ) -> None:

@@ -76,6 +76,7 @@ def test_the_real_model_is_right_about_itself_for_500_steps(own_draft: DraftingE
     ]
 
 
+@pytest.mark.long
 def test_a_copy_with_fewer_layers_changes_no_token(smollm2_dir: Path, tmp_path: Path) -> None:
     layers = [layer for layer in range(30) if layer not in (12, 14, 16, 18, 20)]
     write_truncated_model(smollm2_dir, tmp_path, layers=layers, dtype="float32")

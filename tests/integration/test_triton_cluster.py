@@ -68,7 +68,7 @@ def answers(client: Client) -> list[tuple[int, ...]]:
     ]
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("kv_cache_dtype", [pytest.param("auto", marks=pytest.mark.long), "fp8"])
 def test_interpreted_triton_answers_as_torch(tiny_model: Path, kv_cache_dtype: str) -> None:
     found = []
     for kernels in ("reference", "triton"):
