@@ -20,7 +20,7 @@ from stepwire_scheduler.errors import (
 )
 from stepwire_scheduler.plan import StepOutcome, StepPlan
 from stepwire_scheduler.plan_log import PlanLog
-from stepwire_scheduler.plan_messages import parse_result, serialize_plan
+from stepwire_scheduler.plan_messages import parse_result, plausible_ms, serialize_plan
 from stepwire_scheduler.tls import ChannelTls, describe_tls_fault
 
 log = structlog.get_logger(__name__)
@@ -246,8 +246,8 @@ class PlanStream:
         return StepReply(
             epoch=result.epoch,
             outcome=parse_result(plan, result),
-            elapsed_ms=timings.elapsed_ms,
-            idle_ms=timings.idle_ms,
+            elapsed_ms=plausible_ms(timings.elapsed_ms),
+            idle_ms=plausible_ms(timings.idle_ms),
         )
 
     def cancel(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from stepwire.executor.v1 import executor_pb2
 
 from stepwire_scheduler.errors import PlanStreamError
@@ -47,7 +49,7 @@ def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome
     if sampled != [slot for slot in expected if slot not in failures]:
         raise _disagreement(plan, "sampled other slots than it was asked to")
     timings = result.timings
-    busy_ms = timings.forward_ms + timings.sample_ms
+    busy_ms = plausible_ms(timings.forward_ms + timings.sample_ms)
     if plan.work_num_drafts:
         num_sampled, num_drafts = _check_drafts(plan, result)
         counts = dict(zip(sampled, num_sampled, strict=True))
@@ -85,6 +87,11 @@ def parse_result(plan: StepPlan, result: executor_pb2.StepResult) -> StepOutcome
         failures=failures,
         busy_ms=busy_ms,
     )
+
+
+def plausible_ms(value: float) -> float:
+    """Return a duration that an executor measured, 0 where it cannot be one."""
+    return value if 0 <= value < math.inf else 0.0
 
 
 def _check_drafts(plan: StepPlan, result: executor_pb2.StepResult) -> tuple[list[int], list[int]]:

@@ -30,7 +30,7 @@ from stepwire_client.errors import NotRetainedError, RpcError
 from stepwire_client.resumption import Resumption
 from stepwire_scheduler.tenants import digest_of
 from stepwire_scheduler.tokenizer import load_tokenizer
-from support.hashing_executor import HashingExecutor, expected_output
+from support.hashing_executor import HashingExecutor, expected_output, repeating_sample
 from support.scheduler_tokenizers import write_tokenizer
 
 NUM_TOKENS = 120
@@ -150,6 +150,44 @@ async def test_eight_streams_survive_six_kills_of_their_scheduler(tmp_path: Path
     text = "".join(event.text for event in events[0] if isinstance(event, Output))
     tokenizer = load_tokenizer(tmp_path / "model")
     assert text == await tokenizer.decode(tokens_of(events[0]), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix", "draft_model"])
+async def test_drafts_leave_no_mark_on_streams_whose_scheduler_is_killed(
+    tmp_path: Path, method: str
+) -> None:
+    """A restored scheduler goes on behind the last token told, whatever was drafted after it."""
+    executor = HashingExecutor(
+        step_seconds=0.01, num_blocks=512, sample=repeating_sample, max_num_batched_tokens=256
+    )
+    if method == "draft_model":
+        executor.description["draft_model"] = "tiny"
+    results: list[Generation] = []
+    async with (
+        scheduling(tmp_path, executor, "--speculative-method", method) as scheduler,
+        AsyncClient(scheduler.address) as client,
+    ):
+        requests = asyncio.gather(
+            *(
+                client.generate(
+                    [number, 2, 3],
+                    SamplingParams(max_tokens=NUM_TOKENS, seed=number),
+                    timeout_s=120,
+                )
+                for number in range(4)
+            )
+        )
+        for _ in range(3):
+            kill_at = executor.num_steps + 12
+            await until(lambda: executor.num_steps >= kill_at)  # noqa: B023 - it ends in here
+            await scheduler.end()
+            await scheduler.start()
+        results = await requests
+    for number, result in enumerate(results):
+        expected = expected_output([number, 2, 3], NUM_TOKENS, sample=repeating_sample)
+        assert list(result.token_ids) == expected
+        assert result.usage.num_output_tokens == NUM_TOKENS
+    assert sum(result.usage.num_accepted_tokens for result in results) > 0
 
 
 async def test_streams_survive_their_scheduler_and_its_executor(

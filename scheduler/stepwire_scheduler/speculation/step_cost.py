@@ -18,6 +18,8 @@ _MAX_AGE = 512
 """Steps after which a bucket that saw none is forgotten, so that a bad figure is tried again."""
 _REFRESH_INTERVAL = 8
 _DEFAULT_MS = 10.0
+_LEAST_MS = 1e-3
+"""Of a step: some executors say 0, and costs are divided by."""
 
 
 class StepCost:
@@ -37,6 +39,7 @@ class StepCost:
 
     def note(self, num_tokens: int, busy_ms: float) -> None:
         """Learn of one step; num_tokens is at least 1."""
+        busy_ms = max(_LEAST_MS, busy_ms)
         self._num_notes += 1
         bucket = bisect_left(_SIZES, num_tokens)
         average = self._averages.get(bucket)
@@ -49,7 +52,7 @@ class StepCost:
             self._refresh()
 
     def estimate_ms(self, num_tokens: float) -> float:
-        """Return what a step of so many query tokens takes."""
+        """Return what a step of so many query tokens takes, above 0."""
         sizes, times = self._num_tokens, self._times_ms
         i = bisect_left(sizes, num_tokens)
         if 0 < i < len(sizes):

@@ -269,6 +269,16 @@ def test_the_same_calls_give_the_same_drafts(name: str) -> None:
     assert any(map(any, runs[0]))
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_steps_that_are_said_to_take_no_time_do_no_harm(name: str) -> None:
+    quality = 0.6 if name == "draft_model" else None
+    generation = Generation(
+        MAKERS[name](), num_sequences=3, step_ms=0.0, token_ms=0.0, quality=quality
+    )
+    for _ in range(100):
+        generation.step()
+
+
 def test_a_draft_model_is_asked_as_its_acceptance_pays() -> None:
     for quality, low, high in ((0.95, K - 0.6, K), (0.05, 0.0, 0.2)):
         generation = Generation(
