@@ -6,6 +6,7 @@ import contextlib
 import socket
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +21,14 @@ from stepwire_client.params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
 REQUEST_TIMEOUT_S = 600.0
+
+
+def stored_and_dense() -> list[tuple[str, dict[str, Any]]]:
+    """Names and settings: weights as the checkpoint stores them, and all in the model's dtype."""
+    stored = "stepwire"
+    if "quantization" not in {field.name for field in fields(ClusterConfig)}:
+        return [(stored, {})]
+    return [(stored, {}), (f"{stored}, dense weights", {"quantization": "none"})]
 
 
 @contextlib.contextmanager

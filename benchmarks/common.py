@@ -114,7 +114,7 @@ def write_result(
     """Write DIRECTORY/NAME.json with all that is needed to read the figures later."""
     script = Path(sys.argv[0])
     is_benchmark = script.parent == Path(__file__).parent
-    command = [script.stem, *sys.argv[1:]] if is_benchmark else [name]
+    command = [script.stem, *map(_portable, sys.argv[1:])] if is_benchmark else [name]
     result = {
         "name": name,
         "command": f"python -m benchmarks.{shlex.join(command)}",
@@ -136,6 +136,11 @@ def finish(name: str, *, parameters: Mapping[str, Any], figures: Figures, table:
     print(table)
     file = write_result(name, parameters=parameters, figures=figures)
     print(f"\nwritten: benchmarks/results/{file.name}")
+
+
+def _portable(argument: str) -> str:
+    """An argument as a result file may show it: of a path on this machine the last part only."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _fields(text: str) -> dict[str, str]:
