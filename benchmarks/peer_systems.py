@@ -106,7 +106,7 @@ def decode_tokens_per_s(times: Sequence[Sequence[float]]) -> float | None:
 
 
 class WorkerSystem:
-    """A process that holds a peer, and does nothing while it is not asked."""
+    """A process that holds a peer, and is stopped while it is not asked: some of them spin."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
         self.name = name
@@ -117,11 +117,14 @@ class WorkerSystem:
     async def wait_until_ready(self) -> None:
         """Read what the worker says first; raises PeerError."""
         self.described = await asyncio.to_thread(self._read)
+        self._signal(signal.SIGSTOP)
 
     async def run(self, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
         """The worker's own clock counts: what stands between is not the peer's."""
         request = {"prompts": [list(prompt) for prompt in prompts], "output_len": output_len}
+        self._signal(signal.SIGCONT)
         answer = await asyncio.to_thread(self._ask, json.dumps(request))
+        self._signal(signal.SIGSTOP)
         decode_s = answer["decode_s"]
         num_later = len(prompts) * (output_len - 1)
         return Run(
@@ -133,13 +136,18 @@ class WorkerSystem:
     def close(self) -> None:
         """End the worker and whatever it has started."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the worker and whatever it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _ask(self, request: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -168,7 +176,7 @@ class WorkerSystem:
 def start_worker(
     stack: contextlib.ExitStack,
     name: str,
-    python: Path | str,
+    python: str,
     module: str,
     arguments: Sequence[str],
     environment: Mapping[str, str],
@@ -180,8 +188,10 @@ def start_worker(
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     log: IO[str] = stack.enter_context((folder / "log").open("w"))
+    # Without resolving links: an environment's interpreter is one.
+    found = os.path.abspath(shutil.which(python) or python)
     process = subprocess.Popen(
-        [str(python), "-m", f"benchmarks.peer_workers.{module}", *arguments],
+        [found, "-m", f"benchmarks.peer_workers.{module}", *arguments],
         cwd=ROOT,
         env={**inherited, **environment},
         stdin=subprocess.PIPE,
@@ -201,12 +211,12 @@ def same_start(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def has_module(python: Path | str, module: str) -> bool:
+def has_module(python: str, module: str) -> bool:
     """Whether an interpreter finds a module; False too where there is no such interpreter."""
     if shutil.which(python) is None:
         return False
     probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
-    return subprocess.run([str(python), "-c", probe], check=False).returncode == 0
+    return subprocess.run([python, "-c", probe], check=False).returncode == 0
 
 
 class ServerSystem:

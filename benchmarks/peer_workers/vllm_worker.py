@@ -1,6 +1,6 @@
 """vLLM's CPU build: offline `LLM.generate`, compiled before it says that it is ready.
 
-Run by benchmarks.peers: PYTHON -m benchmarks.peer_workers.vllm_worker MODEL_DIR THREADS
+Run by benchmarks.peers: PYTHON -m benchmarks.peer_workers.vllm_worker MODEL_DIR
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import vllm
 
 from benchmarks.peer_workers.protocol import Generate, Outcome, Ready, serve
 
-KV_CACHE_GIB = 2
 MAX_MODEL_LEN = 2048
 
 
-def load(path: str, num_threads: int) -> tuple[Ready, Generate]:
-    """The model, as a function."""
+def load(path: str) -> tuple[Ready, Generate]:
+    """The model, as a function; threads and the KV cache's size are in the environment."""
     model = vllm.LLM(
         path,
         dtype="bfloat16",
@@ -43,11 +42,11 @@ def load(path: str, num_threads: int) -> tuple[Ready, Generate]:
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
         "settings": {
             "dtype": "bfloat16",
-            **{name: value for name, value in os.environ.items() if name.startswith("VLLM_")},
+            **{name: value for name, value in os.environ.items() if name.startswith("VLLM_CPU_")},
         },
     }
     return ready, generate
 
 
 if __name__ == "__main__":
-    serve(lambda: load(sys.argv[1], int(sys.argv[2])))
+    serve(lambda: load(sys.argv[1]))

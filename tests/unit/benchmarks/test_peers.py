@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,11 +214,13 @@ async def test_a_worker_answers_until_its_input_ends(tiny_model: Path) -> None:
     with ExitStack() as stack:
         worker = start_transformers(stack, tiny_model)
         await worker.wait_until_ready()
+        wait_until_stopped(worker)
         assert worker.described["versions"].keys() == {"transformers", "torch"}
         together = await run_checked(worker, [[3, 4, 5], [6, 7, 8]], 5)
         again = await run_checked(worker, [[3, 4, 5], [6, 7, 8]], 5)
         assert together.token_ids == again.token_ids
         assert together.seconds > 0
+        wait_until_stopped(worker)
         process = worker._process
     assert process.poll() == 0
 
@@ -229,6 +232,11 @@ async def test_a_worker_that_fails_says_why_in_its_own_words(tmp_path: Path) -> 
             await worker.wait_until_ready()
         with pytest.raises(PeerError, match="the worker has ended"):
             await worker.run([[1]], 1)
+
+
+def wait_until_stopped(worker: WorkerSystem) -> None:
+    """Return once the process has been stopped again."""
+    os.waitid(os.P_PID, worker._process.pid, os.WSTOPPED)
 
 
 def start_transformers(stack: ExitStack, model: Path) -> WorkerSystem:
