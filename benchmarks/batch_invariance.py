@@ -21,7 +21,7 @@ from benchmarks.cluster import (
     DEFAULT_MODEL,
     REQUEST_TIMEOUT_S,
     local_cluster,
-    stored_and_dense,
+    weight_settings,
 )
 from benchmarks.common import Figures, finish, markdown_table
 from benchmarks.peer_systems import same_start
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     prompts: list[Prompt] = [task.prompt for task in chats()[: options.num_prompts]]
     by_weights: Figures = {}
-    for weights, settings in stored_and_dense():
+    for weights, settings in weight_settings().items():
         print(weights, flush=True)
         with local_cluster(
             options.model,

@@ -21,14 +21,15 @@ from stepwire_client.params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
 REQUEST_TIMEOUT_S = 600.0
+STORED = "as stored"
+"""Weights in the bits that the checkpoint has them in."""
 
 
-def stored_and_dense() -> list[tuple[str, dict[str, Any]]]:
-    """Names and settings: weights as the checkpoint stores them, and all in the model's dtype."""
-    stored = "stepwire"
+def weight_settings() -> dict[str, dict[str, Any]]:
+    """Settings by kind: weights as the checkpoint stores them, and all in the model's dtype."""
     if "quantization" not in {field.name for field in fields(ClusterConfig)}:
-        return [(stored, {})]
-    return [(stored, {}), (f"{stored}, dense weights", {"quantization": "none"})]
+        return {STORED: {}}
+    return {STORED: {}, "dense": {"quantization": "none"}}
 
 
 @contextlib.contextmanager

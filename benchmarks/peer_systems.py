@@ -116,14 +116,14 @@ class WorkerSystem:
 
     async def wait_until_ready(self) -> None:
         """Read what the worker says first; raises PeerError."""
-        self.described = await asyncio.to_thread(self._read)
+        self.described = await self._until_done(self._read)
         self._signal(signal.SIGSTOP)
 
     async def run(self, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
         """The worker's own clock counts: what stands between is not the peer's."""
         request = {"prompts": [list(prompt) for prompt in prompts], "output_len": output_len}
         self._signal(signal.SIGCONT)
-        answer = await asyncio.to_thread(self._ask, json.dumps(request))
+        answer = await self._until_done(lambda: self._ask(json.dumps(request)))
         self._signal(signal.SIGSTOP)
         decode_s = answer["decode_s"]
         num_later = len(prompts) * (output_len - 1)
@@ -148,6 +148,14 @@ class WorkerSystem:
         """To the worker and whatever it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+    async def _until_done(self, talk: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Talk in a thread, which ends with the worker where this task is cancelled."""
+        try:
+            return await asyncio.to_thread(talk)
+        except asyncio.CancelledError:
+            self._signal(signal.SIGKILL)
+            raise
 
     def _ask(self, request: str) -> dict[str, Any]:
         assert self._process.stdin is not None

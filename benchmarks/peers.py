@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from stepwire_client.events import ModelInfo
 from stepwire_client.models import resolve_model
 from stepwire_client.params import ChatMessage
 
-from benchmarks.cluster import DEFAULT_MODEL, local_cluster, stored_and_dense
+from benchmarks.cluster import DEFAULT_MODEL, STORED, local_cluster, weight_settings
 from benchmarks.common import Figures, finish, markdown_table, ratios, show, spread
 from benchmarks.peer_start import LLAMA_CPP, PEERS, VLLM, start_peers
 from benchmarks.peer_systems import (
@@ -257,7 +258,11 @@ def markdown(figures: Figures) -> str:
 
 
 async def compare(options: argparse.Namespace, stack: ExitStack) -> Figures:
-    """Start everything, check it, measure it."""
+    """Start everything, check it, measure it; ends early, and in order, on SIGTERM."""
+    this = asyncio.current_task()
+    assert this is not None
+    # A stopped worker would outlive a process that just ends.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     workers, left_out = start_peers(
         stack,
         [name for name in options.systems if name in PEERS],
@@ -273,7 +278,8 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Figures:
     systems: list[System] = []
     async with AsyncExitStack() as clients:
         client: AsyncClient | None = None
-        for name, settings in stored_and_dense():
+        for weights, settings in weight_settings().items():
+            name = STEPWIRE if weights == STORED else f"{STEPWIRE}, {weights} weights"
             cluster, model = stack.enter_context(
                 local_cluster(
                     options.model,
@@ -322,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figures = asyncio.run(compare(options, stack))
     except PeerError as error:
         sys.exit(str(error))
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
     # What names a place on this machine is no part of a result.
     parameters = {
         name: value

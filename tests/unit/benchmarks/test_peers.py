@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -223,6 +224,17 @@ async def test_a_worker_answers_until_its_input_ends(tiny_model: Path) -> None:
         wait_until_stopped(worker)
         process = worker._process
     assert process.poll() == 0
+
+
+async def test_a_worker_ends_with_the_task_that_waits_for_it(tiny_model: Path) -> None:
+    with ExitStack() as stack:
+        worker = start_transformers(stack, tiny_model)
+        waiting = asyncio.create_task(worker.wait_until_ready())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert await asyncio.to_thread(worker._process.wait) == -signal.SIGKILL
 
 
 async def test_a_worker_that_fails_says_why_in_its_own_words(tmp_path: Path) -> None:
