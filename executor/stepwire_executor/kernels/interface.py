@@ -94,9 +94,10 @@ class PackedWeight(Protocol):
 
 
 class PackWeight(Protocol):
-    def __call__(self, weight: Tensor, sum_unit: int | None = None) -> PackedWeight:
+    def __call__(self, weight: Any, sum_unit: int | None = None) -> PackedWeight:
         """Lay weight, [out_features, in_features] in the dtype to compute in, out for `linear`.
 
+        Or a GroupQuantized, or a tuple of both kinds: weights one below the other.
         sum_unit: the products of so many neighbouring inputs are summed on their own, before
         their sums are added up. A weight of some of the units then gives the same sums, bit for
         bit; only where `Kernels.summand_dtype` is wider than float32, else it changes nothing.
@@ -117,6 +118,16 @@ class Linear(Protocol):
         weight is what pack_weight made. Accumulates in float32, units of sums as pack_weight
         says. A row's result does not depend on the number of rows, nor an element on the weight's
         other outputs, bit for bit, where `Kernels.is_row_invariant`.
+        """
+        ...
+
+
+class QuantizedRows(Protocol):
+    def __call__(self, weight: Any, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weights of some outputs, dequantised in float32 and rounded to dtype.
+
+        weight is what pack_weight made of one GroupQuantized; rows: [num_rows] int64; returns
+        [num_rows, in_features]. Raises IndexError if a row is not an output.
         """
         ...
 
@@ -182,3 +193,5 @@ class Kernels:
     float32 so exactly that, rounded to float32, their total does not show in which order they
     were added: it errs only between summands some 2^26 apart, by 2^-53."""
     sample: Sample
+    quantized_rows: QuantizedRows | None = None
+    """None where packed weights in integers cannot be read back."""

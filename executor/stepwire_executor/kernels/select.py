@@ -13,6 +13,7 @@ import torch
 from stepwire_executor.kernels.interface import Kernels
 from stepwire_executor.kernels.linear import cpu as linear_cpu
 from stepwire_executor.kernels.linear import reference as linear
+from stepwire_executor.kernels.linear.quantized_cpu import make_quantized_rows
 from stepwire_executor.kernels.native.build import KernelBuildError
 from stepwire_executor.kernels.native.library import NativeLibrary, load_library
 from stepwire_executor.kernels.paged_attention.cpu import make_paged_attention
@@ -115,6 +116,7 @@ def reference_kernels() -> Kernels:
         linear=linear.linear,
         summand_dtype=torch.float32,
         sample=sample,
+        quantized_rows=linear.quantized_rows,
     )
 
 
@@ -128,8 +130,9 @@ def native_kernels(library: NativeLibrary) -> Kernels:
         rope_and_write_kv=make_rope_and_write_kv(library),
         paged_attention=make_paged_attention(library),
         silu_and_mul=make_silu_and_mul(library),
-        pack_weight=linear_cpu.pack_weight,
+        pack_weight=linear_cpu.make_pack_weight(library),
         linear=linear_cpu.make_linear(library),
         summand_dtype=linear_cpu.SUMMAND_DTYPE,
         sample=make_sample(library),
+        quantized_rows=make_quantized_rows(library),
     )

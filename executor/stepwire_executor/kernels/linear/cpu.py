@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepwire_executor.kernels.interface import Linear
+from stepwire_executor.kernels.interface import Linear, PackedWeight, PackWeight
+from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
+from stepwire_executor.kernels.linear.quantized_cpu import (
+    QuantizedPanelWeight,
+    multiply_into,
+    pack_groups,
+)
+from stepwire_executor.kernels.linear.stacked import StackedWeight, multiply_parts, pack_parts
 from stepwire_executor.kernels.native.library import COMPUTE_DTYPES, DTYPE_CODES, NativeLibrary
 
 _PANEL = 32
@@ -36,7 +43,22 @@ class PanelWeight:
         return self.values.nbytes
 
 
-def pack_weight(weight: Tensor, sum_unit: int | None = None) -> PanelWeight:
+def make_pack_weight(library: NativeLibrary) -> PackWeight:
+    """Return the operation; see `interface.PackWeight`."""
+
+    def pack_weight(
+        weight: Tensor | GroupQuantized | tuple[object, ...], sum_unit: int | None = None
+    ) -> PackedWeight:
+        if isinstance(weight, GroupQuantized):
+            return pack_groups(library, weight, sum_unit)
+        if isinstance(weight, tuple):
+            return pack_parts(pack_weight, weight, sum_unit)
+        return pack_dense(weight, sum_unit)
+
+    return pack_weight
+
+
+def pack_dense(weight: Tensor, sum_unit: int | None = None) -> PanelWeight:
     """Lay weight, [out_features, in_features] in the dtype to compute in, out in panels.
 
     sum_unit: see `interface.PackWeight`; even in bfloat16, which is multiplied in pairs.
@@ -66,19 +88,20 @@ def pack_weight(weight: Tensor, sum_unit: int | None = None) -> PanelWeight:
 
 def make_linear(library: NativeLibrary) -> Linear:
     """Return the operation; see `interface.Linear`. Rows are bit-equal whatever their number."""
-    run, takes_bf16 = library.linear, library.linear_takes_bf16
 
     def linear(
         x: Tensor,
-        weight: PanelWeight,
+        weight: PanelWeight | QuantizedPanelWeight | StackedWeight,
         bias: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        values = weight.values
-        if x.ndim != 2 or x.shape[1] != weight.in_features or x.dtype != values.dtype:
+        if isinstance(weight, StackedWeight):
+            return multiply_parts(linear, x, weight, bias, out_dtype)
+        dtypes = (weight.values.dtype,) if isinstance(weight, PanelWeight) else COMPUTE_DTYPES
+        if x.ndim != 2 or x.shape[1] != weight.in_features or x.dtype not in dtypes:
             raise ValueError(
-                f"x is {x.dtype} {tuple(x.shape)}, expected {values.dtype} "
-                f"[*, {weight.in_features}]"
+                f"x is {x.dtype} {tuple(x.shape)}, expected "
+                f"{' or '.join(map(str, dtypes))} [*, {weight.in_features}]"
             )
         out_dtype = out_dtype or x.dtype
         if out_dtype not in COMPUTE_DTYPES and out_dtype != SUMMAND_DTYPE:
@@ -91,30 +114,39 @@ def make_linear(library: NativeLibrary) -> Linear:
                     f"bias is {bias.dtype} {tuple(bias.shape)}, expected [{weight.out_features}]"
                 )
             bias = bias.contiguous()
-        num_rows = x.shape[0]
-        out = torch.empty((num_rows, weight.out_features), dtype=out_dtype)
-        steps, depth = values.shape[1], values.shape[3]
-        if x.dtype != torch.float32 and not (takes_bf16 and x.dtype == torch.bfloat16):
-            x = x.float()
-        if steps * depth != weight.in_features:
-            x = functional.pad(x, (0, 1))
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        run(
-            x.data_ptr(),
-            x.stride(0),
-            values.data_ptr(),
-            DTYPE_CODES[values.dtype],
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else DTYPE_CODES[bias.dtype],
-            out.data_ptr(),
-            DTYPE_CODES[out_dtype],
-            num_rows,
-            steps,
-            weight.out_features,
-            weight.chain_length // depth,
-            torch.get_num_threads(),
-        )
+        out = torch.empty((x.shape[0], weight.out_features), dtype=out_dtype)
+        if isinstance(weight, PanelWeight):
+            _multiply_dense(library, out, x, weight, bias)
+        else:
+            multiply_into(library, out, x, weight, bias)
         return out
 
     return linear
+
+
+def _multiply_dense(
+    library: NativeLibrary, out: Tensor, x: Tensor, weight: PanelWeight, bias: Tensor | None
+) -> None:
+    values = weight.values
+    steps, depth = values.shape[1], values.shape[3]
+    if x.dtype != torch.float32 and not (library.linear_takes_bf16 and x.dtype == torch.bfloat16):
+        x = x.float()
+    if steps * depth != weight.in_features:
+        x = functional.pad(x, (0, 1))
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    library.linear(
+        x.data_ptr(),
+        x.stride(0),
+        values.data_ptr(),
+        DTYPE_CODES[values.dtype],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPE_CODES[bias.dtype],
+        out.data_ptr(),
+        DTYPE_CODES[out.dtype],
+        x.shape[0],
+        steps,
+        weight.out_features,
+        weight.chain_length // depth,
+        torch.get_num_threads(),
+    )

@@ -48,7 +48,7 @@ class ChunkedWeight(reference.DenseWeight):
 
 def pack_weight(weight: Tensor, sum_unit: int | None = None) -> ChunkedWeight:
     """Keep weight, [out_features, in_features], as it is; sums are cut by its shape alone."""
-    values = reference.pack_weight(weight).values
+    values = reference.pack_dense(weight).values
     cuts = chunks(*values.shape)
     arrivals = None
     if cuts.count > 1:

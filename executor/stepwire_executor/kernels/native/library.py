@@ -33,6 +33,9 @@ _SIGNATURES: dict[str, tuple[type[ctypes.c_int64] | None, str]] = {
     # p: pointer, i: int64, f: float; the parameters are named in src/*.cpp.
     "stepwire_linear_takes_bf16": (_INT, ""),
     "stepwire_linear": (None, "pi pi pi pi iiiii"),
+    "stepwire_quantized_linear": (None, "p pii pi piii i"),
+    "stepwire_pack_codes": (None, "piiipi"),
+    "stepwire_quantized_rows": (_INT, "ppipii"),
     "stepwire_rms_norm": (None, "piii pi ppf iiii"),
     "stepwire_silu_and_mul": (None, "pii p iii"),
     "stepwire_rope_and_write_kv": (_INT, "pii pii pii i pii pp ppppp iii iiiii fff i"),
@@ -55,6 +58,10 @@ class NativeLibrary:
     linear_takes_bf16: bool
     """Whether rows for bf16 weights are passed as bf16 rather than float32."""
     linear: Function
+    quantized_linear: Function
+    pack_codes: Function
+    """Lays codes of a weight out for quantized_linear."""
+    quantized_rows: Function
     rms_norm: Function
     silu_and_mul: Function
     rope_and_write_kv: Function

@@ -1,0 +1,446 @@
+// Linear layers over weights in integers of 4 or 8 bits.
+//
+// Each 32 neighbouring inputs of a row, a block, are rounded to a float32 scale and codes of 8
+// bits. A block's products are summed in integers, exactly, so that any instruction and any order
+// gives the same bits. Blocks are added in float32, in order, each step rounded once:
+//   zeros:    acc = fma(weight_scale * x_scale, dot - zero * sum, acc)
+//   minimums: acc = fma(weight_scale * x_scale, dot, acc), then fma(minimum, x_scale * sum, acc)
+// with dot the sum of products of codes and sum that of x's codes. As in linear.cpp, an output is
+// one such chain or several of a fixed length, added in float64, whatever the number of rows and
+// threads.
+
+#include "quantized_linear.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace stepwire {
+namespace {
+
+using namespace quantized;
+
+constexpr int STEPS = BLOCK / DEPTH;
+constexpr int V = 2;  // vectors of outputs that are computed together
+// Rows that fit in registers: as many sums of integers as of floats, V of each a row.
+#ifdef STEPWIRE_AVX512
+constexpr int MAX_ROWS = 6;
+#else
+constexpr int MAX_ROWS = 2;
+#endif
+// So few are quantised by each thread for itself, which takes less than a barrier.
+constexpr int64_t FEW_ROWS = 2;
+// Of quantised rows that are worked on together: half of a second-level cache of 1 MiB.
+constexpr int64_t TILE_BYTES = 512 << 10;
+// Below the smallest such magnitude a block counts as zero: 127 / amax must not overflow.
+constexpr float TINY = 0x1p-100f;
+
+// MAX_ROWS rows' codes of one block of inputs, and what their products are scaled with.
+struct Rows {
+  int8_t codes[STEPS][MAX_ROWS][DEPTH];
+  float scales[MAX_ROWS];
+  union {
+    int32_t starts[MAX_ROWS];  // ONE_ZERO: -zero * sum
+    float sums[MAX_ROWS];      // GROUP_ZEROS: sum; MINIMUMS: scale * sum
+  };
+};
+
+// Integer sums of products of unsigned codes and x's.
+#if defined(STEPWIRE_AVX512) && defined(__AVX512VNNI__)
+
+template <int BITS>
+struct Dot {
+  vi sum;
+  void start(int32_t value) { sum = value + vi{}; }
+  void add(vu codes, const int8_t* x) {
+    uint32_t four;
+    std::memcpy(&four, x, sizeof four);
+    sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)splat(four));
+  }
+  vi total() const { return sum; }
+};
+
+#else
+
+typedef int16_t vs __attribute__((vector_size(STEPWIRE_VECTOR_BYTES)));
+
+// Pairs of products, which must fit in 16 bits: those of a whole block of 4-bit codes do.
+inline vs multiply_pairs(vu codes, vu x) {
+#ifdef STEPWIRE_AVX512
+  return (vs)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x);
+#else
+  return (vs)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+#endif
+}
+
+inline vi add_pairs(vs x) {
+#ifdef STEPWIRE_AVX512
+  return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1));
+#else
+  return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1));
+#endif
+}
+
+template <int BITS>
+struct Dot {
+  int32_t first;
+  vs low, high;  // of the codes' halves
+  void start(int32_t value) {
+    first = value;
+    low = high = vs{};
+  }
+  void add(vu codes, const int8_t* x) {
+    uint32_t four;
+    std::memcpy(&four, x, sizeof four);
+    if (BITS == 8) {
+      high += multiply_pairs((codes >> 4) & 0x0f0f0f0f, splat(four));
+      codes &= 0x0f0f0f0f;
+    }
+    low += multiply_pairs(codes, splat(four));
+  }
+  vi total() const {
+    const vi sum = BITS == 8 ? add_pairs(low) + (add_pairs(high) << 4) : add_pairs(low);
+    return sum + first;
+  }
+};
+
+#endif
+
+// The n-th vector of W values of a dtype.
+inline vf load_scales(const void* p, int64_t dtype, int64_t n) {
+  switch (dtype) {
+    case F16: return load(static_cast<const f16*>(p) + n * W);
+    case BF16: return load(static_cast<const bf16*>(p) + n * W);
+    default: return load(static_cast<const float*>(p) + n * W);
+  }
+}
+
+inline vf load_zeros(const void* p, int64_t n) {
+  return to_float(__builtin_convertvector(load_as<vb>(static_cast<const uint8_t*>(p) + n * W), vi));
+}
+
+constexpr int64_t size_of(int64_t dtype) { return dtype == F32 ? 4 : dtype == F64 ? 8 : 2; }
+
+inline int32_t largest_lane(vi x) {
+#ifdef STEPWIRE_AVX512
+  return _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t lanes[W];
+  store_as(lanes, x);
+  return *std::max_element(lanes, lanes + W);
+#endif
+}
+
+inline int32_t sum_lanes(vi x) {
+#ifdef STEPWIRE_AVX512
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  int32_t lanes[W];
+  store_as(lanes, x);
+  return std::accumulate(lanes, lanes + W, 0);
+#endif
+}
+
+struct Call {
+  const QuantizedWeight& weight;
+  const void* x;
+  int64_t x_stride, x_dtype;
+  const void* bias;
+  int64_t bias_dtype;
+  void* out;
+  int64_t out_stride, out_dtype;
+  int64_t num_rows, num_blocks;
+};
+
+// Rounds a block to 8 bits. A block that holds what is not finite gets a scale of NaN.
+template <class T>
+void quantize_block(const T* x, Rows& block, int row, const QuantizedWeight& weight) {
+  constexpr int N = BLOCK / W;
+  vf values[N];
+  vi top = {};
+  for (int i = 0; i < N; ++i) {
+    values[i] = load(x + i * W);
+    const vi magnitude = (vi)values[i] & 0x7fffffff;  // NaN is above infinity
+    top = magnitude > top ? magnitude : top;
+  }
+  const int32_t bits = largest_lane(top);
+  float amax;
+  std::memcpy(&amax, &bits, sizeof amax);
+  const bool is_finite = amax < INF;
+  const bool is_zero = amax < TINY;
+  const float inverse = is_finite && !is_zero ? 127.0f / amax : 0.0f;
+  const float scale = !is_finite ? std::numeric_limits<float>::quiet_NaN()
+                      : is_zero  ? 0.0f
+                                 : amax / 127.0f;
+  typedef int8_t vc __attribute__((vector_size(W)));
+  int8_t codes[BLOCK];
+  vi sums = {};
+  for (int i = 0; i < N; ++i) {
+    const vi rounded = to_int(round_even(is_finite ? values[i] * inverse : vf{}));
+    sums += rounded;
+    store_as(codes + i * W, __builtin_convertvector(rounded, vc));
+  }
+  for (int step = 0; step < STEPS; ++step)
+    std::memcpy(block.codes[step][row], codes + step * DEPTH, DEPTH);
+  const int32_t sum = sum_lanes(sums);
+  block.scales[row] = scale;
+  switch (weight.offset_kind) {
+    case ONE_ZERO: block.starts[row] = -static_cast<int32_t>(weight.zero) * sum; break;
+    case GROUP_ZEROS: block.sums[row] = static_cast<float>(sum); break;
+    case MINIMUMS: block.sums[row] = scale * static_cast<float>(sum); break;
+  }
+}
+
+template <class T>
+void quantize_row(const Call& call, int64_t row, Rows* blocks, int place) {
+  const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
+  const int64_t* order = call.weight.input_order;
+  for (int64_t block = 0; block < call.num_blocks; ++block, x += order ? 0 : BLOCK) {
+    if (!order) {
+      quantize_block(x, blocks[block], place, call.weight);
+      continue;
+    }
+    T gathered[BLOCK];
+    for (int i = 0; i < BLOCK; ++i) gathered[i] = x[order[block * BLOCK + i]];
+    quantize_block(gathered, blocks[block], place, call.weight);
+  }
+}
+
+// The rows of a group of MAX_ROWS; blocks: those of the group.
+void quantize_rows(const Call& call, int64_t first_row, Rows* blocks) {
+  const int64_t end = std::min(call.num_rows, first_row + MAX_ROWS);
+  for (int64_t row = first_row; row < end; ++row) {
+    const int place = static_cast<int>(row - first_row);
+    switch (call.x_dtype) {
+      case F32: quantize_row<float>(call, row, blocks, place); break;
+      case BF16: quantize_row<bf16>(call, row, blocks, place); break;
+      case F16: quantize_row<f16>(call, row, blocks, place); break;
+    }
+  }
+}
+
+// The first n of V vectors of results, `from` elements behind out.
+template <class T>
+void store_outputs(void* out, int64_t from, const vf* values, int64_t n) {
+  T* target = static_cast<T*>(out) + from;
+  for (int v = 0; v < V; ++v) {
+    const int64_t left = n - v * W;
+    if (left >= W)
+      store(target + v * W, values[v]);
+    else if (left > 0)
+      store_first(target + v * W, values[v], left);
+  }
+}
+
+void store_totals(void* out, int64_t from, const vd2* totals, int64_t n) {
+  double lanes[V * W];
+  for (int v = 0; v < V; ++v) {
+    store_as(lanes + v * W, totals[v].low);
+    store_as(lanes + v * W + W / 2, totals[v].high);
+  }
+  std::memcpy(static_cast<double*>(out) + from, lanes, std::min<int64_t>(n, V * W) * sizeof *lanes);
+}
+
+template <class T>
+void load_bias(const void* bias, int64_t from, vf* values, int64_t n) {
+  const T* source = static_cast<const T*>(bias) + from;
+  for (int v = 0; v < V; ++v) {
+    const int64_t left = n - v * W;
+    values[v] = left >= W  ? load(source + v * W)
+                : left > 0 ? load_first(source + v * W, left)
+                           : vf{};
+  }
+}
+
+// V vectors of outputs, `outputs` vectors behind the first, of the first ROWS rows of a group.
+template <int BITS, int64_t KIND, int ROWS>
+void multiply_rows(const Call& call, const Rows* x, int64_t first_row, int64_t outputs) {
+  constexpr int P = PANEL / W;
+  constexpr int STEP_BYTES = PANEL * DEPTH;  // of a step, or of a pair of them
+  const QuantizedWeight& weight = call.weight;
+  const int64_t panel = outputs / P, lane = outputs % P;
+  const int64_t first_output = outputs * W;
+  const int64_t n = weight.out_features - first_output;
+  const int64_t group_blocks = weight.group_size / BLOCK;
+  const int64_t group_bytes = PANEL * size_of(weight.scale_dtype);
+  const int64_t offset_bytes =
+      KIND == GROUP_ZEROS ? PANEL : PANEL * size_of(weight.offset_dtype);
+  const int64_t first_group = panel * (call.num_blocks / group_blocks);
+  const auto* codes = static_cast<const uint8_t*>(weight.codes) +
+                      panel * call.num_blocks * (PANEL * BLOCK * BITS / 8) + lane * W * DEPTH;
+  const auto* scales = static_cast<const uint8_t*>(weight.scales) + first_group * group_bytes;
+  const auto* offsets = static_cast<const uint8_t*>(weight.offsets) + first_group * offset_bytes;
+
+  vf bias[V] = {};
+  switch (call.bias ? call.bias_dtype : -1) {
+    case F32: load_bias<float>(call.bias, first_output, bias, n); break;
+    case BF16: load_bias<bf16>(call.bias, first_output, bias, n); break;
+    case F16: load_bias<f16>(call.bias, first_output, bias, n); break;
+  }
+  const bool has_totals = weight.chain_blocks < call.num_blocks || call.out_dtype == F64;
+  vd2 totals[ROWS][V];
+  if (has_totals)
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < V; ++v) totals[r][v] = widen(bias[v]);
+
+  vf acc[ROWS][V] = {};
+  int64_t left_of_group = group_blocks;
+  for (int64_t block = 0; block < call.num_blocks;) {
+    const int64_t end = std::min(block + weight.chain_blocks, call.num_blocks);
+    for (; block < end; ++block, ++x) {
+      Dot<BITS> dots[ROWS][V];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) dots[r][v].start(KIND == ONE_ZERO ? x->starts[r] : 0);
+#pragma GCC unroll 8
+      for (int step = 0; step < STEPS; ++step) {
+        vu w[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          if (BITS == 8) {
+            w[v] = load_as<vu>(codes + v * W * DEPTH);
+          } else {
+            const vu both = load_as<vu>(codes + v * W * DEPTH);
+            w[v] = (step % 2 ? both >> 4 : both) & 0x0f0f0f0fu;
+          }
+        }
+        if (BITS == 8 || step % 2) codes += STEP_BYTES;
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) dots[r][v].add(w[v], x->codes[step][r]);
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const vf scale = load_scales(scales, weight.scale_dtype, lane + v);
+        vf offset;
+        if (KIND == GROUP_ZEROS) offset = load_zeros(offsets, lane + v);
+        if (KIND == MINIMUMS) offset = load_scales(offsets, weight.offset_dtype, lane + v);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+          vf dot = to_float(dots[r][v].total());
+          if (KIND == GROUP_ZEROS) dot = fma(offset, splat(-x->sums[r]), dot);
+          acc[r][v] = fma(scale * x->scales[r], dot, acc[r][v]);
+          if (KIND == MINIMUMS) acc[r][v] = fma(offset, splat(x->sums[r]), acc[r][v]);
+        }
+      }
+      if (--left_of_group == 0) {
+        left_of_group = group_blocks;
+        scales += group_bytes;
+        offsets += offset_bytes;
+      }
+    }
+    if (has_totals)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          totals[r][v] += widen(acc[r][v]);
+          acc[r][v] = vf{};
+        }
+  }
+
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t from = (first_row + r) * call.out_stride + first_output;
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = has_totals ? narrow(totals[r][v]) : acc[r][v] + bias[v];
+    switch (call.out_dtype) {
+      case F64: store_totals(call.out, from, totals[r], n); break;
+      case F32: store_outputs<float>(call.out, from, acc[r], n); break;
+      case BF16: store_outputs<bf16>(call.out, from, acc[r], n); break;
+      case F16: store_outputs<f16>(call.out, from, acc[r], n); break;
+    }
+  }
+}
+
+template <int BITS, int64_t KIND, int ROWS = MAX_ROWS>
+void multiply_at_most(int64_t rows, const Call& call, const Rows* x, int64_t first_row,
+                      int64_t outputs) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS)
+      multiply_rows<BITS, KIND, ROWS>(call, x, first_row, outputs);
+    else
+      multiply_at_most<BITS, KIND, ROWS - 1>(rows, call, x, first_row, outputs);
+  }
+}
+
+using Multiply = void (*)(int64_t, const Call&, const Rows*, int64_t, int64_t);
+
+template <int BITS>
+Multiply multiply_of(int64_t offset_kind) {
+  switch (offset_kind) {
+    case ONE_ZERO: return multiply_at_most<BITS, ONE_ZERO>;
+    case GROUP_ZEROS: return multiply_at_most<BITS, GROUP_ZEROS>;
+    default: return multiply_at_most<BITS, MINIMUMS>;
+  }
+}
+
+// Of every thread of a team.
+void run(const Call& call) {
+  const QuantizedWeight& weight = call.weight;
+  const Multiply multiply_group =
+      weight.bits == 4 ? multiply_of<4>(weight.offset_kind) : multiply_of<8>(weight.offset_kind);
+  const int64_t num_blocks = call.num_blocks;
+  const int64_t num_groups = (call.num_rows + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t tile_groups =
+      std::max<int64_t>(1, TILE_BYTES / (num_blocks * static_cast<int64_t>(sizeof(Rows))));
+  const int64_t num_tiles = (num_groups + tile_groups - 1) / tile_groups;
+  const int64_t num_outputs = (weight.out_features + V * W - 1) / (V * W);
+  static thread_local Scratch scratch;
+  Rows* rows;
+  if (call.num_rows <= FEW_ROWS) {
+    rows = scratch.get<Rows>(num_groups * num_blocks);
+    for (int64_t group = 0; group < num_groups; ++group)
+      quantize_rows(call, group * MAX_ROWS, rows + group * num_blocks);
+  } else {
+#pragma omp single copyprivate(rows)
+    rows = scratch.get<Rows>(num_groups * num_blocks);
+#pragma omp for schedule(static)
+    for (int64_t group = 0; group < num_groups; ++group)
+      quantize_rows(call, group * MAX_ROWS, rows + group * num_blocks);
+  }
+#pragma omp for collapse(2) schedule(static)
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    for (int64_t outputs = 0; outputs < num_outputs; ++outputs) {
+      const int64_t end = std::min(num_groups, (tile + 1) * tile_groups);
+      for (int64_t group = tile * tile_groups; group < end; ++group) {
+        const int64_t row = group * MAX_ROWS;
+        multiply_group(std::min<int64_t>(MAX_ROWS, call.num_rows - row), call,
+                       rows + group * num_blocks, row, outputs * V);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void multiply(const QuantizedWeight& weight, const void* x, int64_t x_stride, int64_t x_dtype,
+              const void* bias, int64_t bias_dtype, void* out, int64_t out_stride,
+              int64_t out_dtype, int64_t num_rows) {
+  run({weight, x, x_stride, x_dtype, bias, bias_dtype, out, out_stride, out_dtype, num_rows,
+       weight.in_features / BLOCK});
+}
+
+void quantized_linear(const QuantizedWeight& weight, const void* x, int64_t x_stride,
+                      int64_t x_dtype, const void* bias, int64_t bias_dtype, void* out,
+                      int64_t out_stride, int64_t out_dtype, int64_t num_rows,
+                      int64_t num_threads) {
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  multiply(weight, x, x_stride, x_dtype, bias, bias_dtype, out, out_stride, out_dtype, num_rows);
+}
+
+}  // namespace stepwire
+
+// See quantized_linear.h.
+extern "C" void stepwire_quantized_linear(const stepwire::QuantizedWeight* weight, const void* x,
+                                          int64_t x_stride, int64_t x_dtype, const void* bias,
+                                          int64_t bias_dtype, void* out, int64_t out_stride,
+                                          int64_t out_dtype, int64_t num_rows,
+                                          int64_t num_threads) {
+  stepwire::quantized_linear(*weight, x, x_stride, x_dtype, bias, bias_dtype, out, out_stride,
+                             out_dtype, num_rows, num_threads);
+}
