@@ -65,12 +65,12 @@ class QuantizedPanelWeight:
     @property
     def out_features(self) -> int:
         """Length of a result's row."""
-        return self.fields.out_features
+        return int(self.fields.out_features)
 
     @property
     def in_features(self) -> int:
         """Length of an input's row."""
-        return self.fields.in_features
+        return int(self.fields.in_features)
 
     @property
     def num_bytes(self) -> int:
@@ -194,7 +194,7 @@ def make_quantized_rows(library: NativeLibrary) -> QuantizedRows:
 def _panels(groups: Tensor) -> Tensor:
     """[out_features, num_groups] as [panels, num_groups, 32], zero-padded."""
     padded = functional.pad(groups, (0, 0, 0, -groups.shape[0] % _PANEL))
-    return padded.unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
+    return padded.view(-1, _PANEL, groups.shape[1]).transpose(1, 2).contiguous()
 
 
 def _narrowest(values: Tensor) -> Tensor:

@@ -48,15 +48,16 @@ def check_groups(weight: GroupQuantized) -> None:
 
 def quantize_rows(x: Tensor) -> QuantizedRows:
     """Round rows, [num_rows, in_features] with in_features a multiple of 32, to 8 bits."""
-    blocks = x.to(torch.float32).unflatten(1, (-1, BLOCK))
+    blocks = x.to(torch.float32).reshape(x.shape[0], x.shape[1] // BLOCK, BLOCK)
     amax = blocks.abs().amax(2)  # NaN where there is one
     is_finite = torch.isfinite(amax)
     has_codes = is_finite & (amax >= _TINY)
-    one = torch.ones_like(amax)
-    inverse = 127.0 / torch.where(has_codes, amax, one)
+    # Divided tensor by tensor: torch takes a number over a tensor as its reciprocal times that.
+    most = torch.full_like(amax, 127.0)
+    inverse = most / torch.where(has_codes, amax, most)
     codes = (blocks * inverse.unsqueeze(2)).round()
     codes = torch.where(has_codes.unsqueeze(2), codes, 0.0)
-    scales = torch.where(has_codes, amax / 127.0, 0.0)
+    scales = torch.where(has_codes, amax / most, 0.0)
     scales = torch.where(is_finite, scales, torch.nan)
     return QuantizedRows(codes=codes, scales=scales, sums=codes.sum(2))
 
