@@ -327,6 +327,26 @@ def test_a_block_has_a_scale_of_its_own(kernels: Kernels) -> None:
     assert error < 0.02
 
 
+@pytest.mark.parametrize("outlier", [1.0, 30.0, 1e4, -2e9])
+@pytest.mark.parametrize("places", [(0, 31), (5, 6), (13, 22)])
+def test_two_outliers_do_not_cost_their_block_its_precision(
+    kernels: Kernels, outlier: float, places: tuple[int, int]
+) -> None:
+    """Up to 128 times the others, outliers leave the rounding as it is without them."""
+    x = torch.rand(1, BLOCK) * 2 - 1
+    x[0, 20] = 1.0
+    x[0, list(places)] = torch.tensor([outlier, -outlier * 0.7])
+    rows = quantize_rows(x)
+    base = max(1.0, abs(outlier) / 128)
+    assert rows.scales.item() <= base / 127 * (1 + 1e-6)
+    error = (rows.codes * rows.scales.unsqueeze(2)).flatten() - x.flatten()
+    assert float(error.abs().max()) <= base / 127 / 2 * (1 + 1e-3)
+    weight = make_groups(40, BLOCK)
+    expected, magnitude = expected_of(x, weight)
+    got = kernels.linear(x, kernels.pack_weight(weight))
+    assert bool(((got.double() - expected).abs() <= 2.0**-19 * magnitude).all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_may_be_a_view_of_wider_ones(native: Kernels, dtype: torch.dtype) -> None:
     weight = native.pack_weight(make_groups(40, 64))
