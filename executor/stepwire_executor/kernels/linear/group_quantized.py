@@ -74,7 +74,7 @@ class GroupQuantized:
         Bit for bit what ggml makes of its formats; formats whose libraries compute in a narrower
         dtype round this to it, which gives their bits since the product is exact in float32.
         """
-        codes = self.codes.reshape(self.out_features, -1, self.group_size).to(torch.float32)
+        codes = self.codes.reshape(*self.scales.shape, self.group_size).to(torch.float32)
         scales = self.scales.to(torch.float32).unsqueeze(2)
         if self.zeros is not None:
             values = (codes - self.zeros.to(torch.float32).unsqueeze(2)) * scales
