@@ -12,7 +12,6 @@ from stepwire.executor.v1.executor_pb2 import (
     SlotFailure,
     StepPlan,
     StepResult,
-    StepTimings,
     TokenLogprobs,
 )
 
@@ -75,28 +74,29 @@ class PendingStep:
 
     def _fill_result(self, rows: SampledRows, is_valid: BoolArray) -> None:
         result, times, work = self._result, rows.times, self._work
-        places = work.rows()
         sampled = work.sampled_slots
-        is_sent = places.kept(rows.num_accepted) & np.repeat(is_valid, places.num_rows)
+        is_sent = is_valid
+        if work.has_drafts:
+            places = work.rows
+            is_sent = places.kept(rows.num_accepted) & np.repeat(is_valid, places.num_rows)
         result.sampled_slots.extend(sampled[is_valid].tolist())
         result.num_sampled_tokens.extend((1 + rows.num_accepted[is_valid]).tolist())
         result.sampled_token_ids.extend(rows.token_ids[is_sent].tolist())
         if self.is_speculative:
             result.num_draft_tokens.extend(work.num_drafts[work.is_sampled][is_valid].tolist())
-        result.logprobs.extend(
-            _logprobs_message(int(rows.token_ids[row]), rows.logprobs[row])
-            for row in sorted(rows.logprobs)
-            if is_sent[row]
-        )
-        result.failures.extend(_failures(sampled[~is_valid].tolist()))
-        result.timings.CopyFrom(
-            StepTimings(
-                prepare_ms=self._apply_ms + times.prepare_ms,
-                forward_ms=times.forward_ms,
-                sample_ms=times.sample_ms,
-                idle_ms=times.idle_ms,
+        if rows.logprobs:
+            result.logprobs.extend(
+                _logprobs_message(int(rows.token_ids[row]), rows.logprobs[row])
+                for row in sorted(rows.logprobs)
+                if is_sent[row]
             )
-        )
+        if not is_valid.all():
+            result.failures.extend(_failures(sampled[~is_valid].tolist()))
+        timings = result.timings
+        timings.prepare_ms = self._apply_ms + times.prepare_ms
+        timings.forward_ms = times.forward_ms
+        timings.sample_ms = times.sample_ms
+        timings.idle_ms = times.idle_ms
 
 
 class Runner:

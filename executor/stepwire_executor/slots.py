@@ -7,7 +7,7 @@ values are rows of arrays, so that a step over many sequences costs a few array 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from stepwire.executor.v1.executor_pb2 import Admission, StepPlan
@@ -20,7 +20,10 @@ from stepwire_executor.step_work import (
     Int32Array,
     Int64Array,
     StepWork,
+    has_duplicates,
 )
+
+_NO_VALUES: Int64Array = np.zeros(0, np.int64)
 
 
 class SlotTable:
@@ -69,7 +72,8 @@ class SlotTable:
         clear().
         """
         released = self._checked_slots(plan.released_slots, "released_slots")
-        self._release(released)
+        if released.size:
+            self._release(released)
         admissions = tuple(plan.admissions)
         places = [self._admit(admission) for admission in admissions]
         places.append(self._append_blocks(plan))
@@ -79,7 +83,7 @@ class SlotTable:
             admissions=admissions,
             copy_sources=sources,
             copy_targets=targets,
-            table_places=np.concatenate(places),
+            table_places=np.concatenate(places) if admissions else places[0],
             work=self._checked_work(plan),
         )
 
@@ -125,13 +129,17 @@ class SlotTable:
         not failed before.
         """
         slots, is_sampled = work.sampled_slots, work.is_sampled
-        rows = work.rows()
-        is_finite = is_finite[rows.first_rows + num_accepted]
+        rows = work.rows
+        if work.has_drafts:
+            is_finite = is_finite[rows.first_rows + num_accepted]
         # The slot may hold another sequence by now, which the tokens are none of.
         is_held = self.tenancies[slots] == work.tenancies[is_sampled]
         is_valid: BoolArray = is_finite & ~(self.is_failed[slots] & is_held)
-        self.is_failed[slots[~is_finite & is_held]] = True
-        kept = rows.kept(num_accepted) & np.repeat(is_valid & is_held, rows.num_rows)
+        if not is_finite.all():
+            self.is_failed[slots[~is_finite & is_held]] = True
+        kept = is_valid & is_held
+        if work.has_drafts:
+            kept = rows.kept(num_accepted) & np.repeat(kept, rows.num_rows)
         self.token_ids[rows.slots[kept], rows.positions[kept]] = sampled_token_ids[kept]
         return is_valid
 
@@ -140,9 +148,12 @@ class SlotTable:
 
         Each number is a little-endian int64.
         """
-        slots = np.flatnonzero(self.is_occupied)
-        rows = np.stack((slots, self.num_tokens[slots], self.num_computed_tokens[slots]), axis=1)
-        return zlib.crc32(rows.astype("<i8").tobytes())
+        slots = self.is_occupied.nonzero()[0]
+        rows = np.empty((slots.size, 3), "<i8")
+        rows[:, 0] = slots
+        rows[:, 1] = self.num_tokens[slots]
+        rows[:, 2] = self.num_computed_tokens[slots]
+        return zlib.crc32(rows)
 
     def _release(self, slots: Int64Array) -> None:
         self.is_occupied[slots] = False
@@ -196,6 +207,8 @@ class SlotTable:
         """Lengthen block tables; return the places of the new entries."""
         if len(plan.appended_slots) != len(plan.appended_block_ids):
             raise PlanError("appended_slots and appended_block_ids differ in length")
+        if not plan.appended_slots:  # most steps
+            return _NO_VALUES
         block_ids = self._checked_blocks(plan.appended_block_ids, "appended_block_ids")
         places = []
         for slot, block_id in zip(plan.appended_slots, block_ids, strict=True):
@@ -217,7 +230,7 @@ class SlotTable:
         targets = self._checked_blocks(plan.copy_target_block_ids, "copy_target_block_ids")
         if sources.size != targets.size:
             raise PlanError("copy_source_block_ids and copy_target_block_ids differ in length")
-        if _has_duplicates(targets):
+        if has_duplicates(targets):
             raise PlanError("copy_target_block_ids: a block is written twice")
         return sources, targets
 
@@ -229,7 +242,10 @@ class SlotTable:
         if slots.size and num_tokens.min() == 0:
             raise PlanError("work_num_tokens: 0 tokens is no work")
         num_drafts, draft_token_ids = self._checked_drafts(plan)
-        num_queries = int(num_tokens.sum() + num_drafts.sum())
+        has_drafts = bool(plan.work_num_drafts)
+        num_queries = int(num_tokens.sum())
+        if has_drafts:
+            num_queries += int(num_drafts.sum())
         if num_queries > self.max_num_batched_tokens:
             raise PlanError(
                 f"work_num_tokens: {num_queries} tokens are more than the budget of "
@@ -246,19 +262,21 @@ class SlotTable:
                 f"compute, not {num_tokens[row]}"
             )
         is_sampled = known_ends == known
-        is_early = (num_drafts > 0) & ~is_sampled
-        if is_early.any():
-            raise PlanError(
-                f"work_num_drafts: slot {slots[np.argmax(is_early)]} has drafts, but its work "
-                "does not reach its last token"
-            )
-        ends = known_ends + num_drafts
-        if (ends > self.max_model_len).any():
-            row = int(np.argmax(ends > self.max_model_len))
-            raise PlanError(
-                f"work_num_drafts: slot {slots[row]} has room for "
-                f"{self.max_model_len - known[row]} drafts, not {num_drafts[row]}"
-            )
+        ends = known_ends
+        if has_drafts:
+            ends = known_ends + num_drafts
+            is_early = (num_drafts > 0) & ~is_sampled
+            if is_early.any():
+                raise PlanError(
+                    f"work_num_drafts: slot {slots[np.argmax(is_early)]} has drafts, but its work "
+                    "does not reach its last token"
+                )
+            if (ends > self.max_model_len).any():
+                row = int(np.argmax(ends > self.max_model_len))
+                raise PlanError(
+                    f"work_num_drafts: slot {slots[row]} has room for "
+                    f"{self.max_model_len - known[row]} drafts, not {num_drafts[row]}"
+                )
         missing = ends > self.num_table_blocks[slots] * self.block_size
         if missing.any():
             row = int(np.argmax(missing))
@@ -279,11 +297,11 @@ class SlotTable:
 
     def _checked_drafts(self, plan: StepPlan) -> tuple[Int64Array, Int64Array]:
         """Drafts of each sequence of the work list, [num_seqs], and those that are named."""
-        token_ids = _array(plan.draft_token_ids)
         if not plan.work_num_drafts:
-            if token_ids.size:
+            if plan.draft_token_ids:
                 raise PlanError("draft_token_ids: work_num_drafts does not say whose they are")
-            return np.zeros(len(plan.work_slots), np.int64), token_ids
+            return np.zeros(len(plan.work_slots), np.int64), _NO_VALUES
+        token_ids = _array(plan.draft_token_ids)
         num_drafts = _array(plan.work_num_drafts)
         if num_drafts.size != len(plan.work_slots):
             raise PlanError("work_slots and work_num_drafts differ in length")
@@ -299,7 +317,7 @@ class SlotTable:
             )
         return num_drafts, token_ids
 
-    def _checked_slots(self, values: Iterable[int], name: str) -> Int64Array:
+    def _checked_slots(self, values: Sequence[int], name: str) -> Int64Array:
         slots = _array(values)
         if slots.size:
             if slots.max() >= self.max_num_seqs:
@@ -310,11 +328,11 @@ class SlotTable:
             if not self.is_occupied[slots].all():
                 slot = slots[np.argmin(self.is_occupied[slots])]
                 raise PlanError(f"{name}: slot {slot} holds no sequence")
-            if _has_duplicates(slots):
+            if has_duplicates(slots):
                 raise PlanError(f"{name}: a slot is named twice")
         return slots
 
-    def _checked_blocks(self, values: Iterable[int], name: str) -> Int64Array:
+    def _checked_blocks(self, values: Sequence[int], name: str) -> Int64Array:
         blocks = _array(values)
         if blocks.size and blocks.max() >= self.num_blocks:
             raise PlanError(
@@ -323,9 +341,5 @@ class SlotTable:
         return blocks
 
 
-def _array(values: Iterable[int]) -> Int64Array:
-    return np.fromiter(values, np.int64)
-
-
-def _has_duplicates(values: Int64Array) -> bool:
-    return values.size > 1 and np.unique(values).size != values.size
+def _array(values: Sequence[int]) -> Int64Array:
+    return np.array(values, np.int64) if values else _NO_VALUES

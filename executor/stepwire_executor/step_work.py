@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -14,9 +15,13 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """The checked work list of one step."""
+    """The checked work list of one step.
+
+    What follows from it is worked out once: a step of few sequences takes longer to describe than
+    to compute.
+    """
 
     slots: Int64Array
     """[num_seqs], distinct."""
@@ -35,12 +40,12 @@ class StepWork:
     draft_token_ids: Int64Array
     """[num_planned_drafts.sum()], concatenated; empty where a draft model is to propose them."""
 
-    @property
+    @cached_property
     def ends(self) -> Int64Array:
         """[num_seqs], tokens of context including this step's and its drafts."""
         return self.known_ends + self.num_drafts
 
-    @property
+    @cached_property
     def sampled_slots(self) -> Int64Array:
         """Slots that sample, in the order of the work list."""
         return self.slots[self.is_sampled]
@@ -50,10 +55,15 @@ class StepWork:
         """Query tokens of the step."""
         return int((self.ends - self.starts).sum())
 
-    @property
+    @cached_property
     def is_speculative(self) -> bool:
         """Whether the plan has drafts: how many tokens come of the step is known at its end."""
         return bool(self.num_planned_drafts.any())
+
+    @cached_property
+    def has_drafts(self) -> bool:
+        """Whether any sequence has a draft to verify now."""
+        return bool(self.num_drafts.any())
 
     @property
     def is_left_to_model(self) -> bool:
@@ -62,10 +72,15 @@ class StepWork:
 
     def with_num_drafts(self, num_drafts: Int64Array) -> StepWork:
         """The work with as many drafts as were proposed, [num_seqs]."""
+        if num_drafts is self.num_drafts:
+            return self
         return replace(self, num_drafts=num_drafts)
 
+    @cached_property
     def rows(self) -> SampledRowPlaces:
-        """Lay the rows that are sampled side by side."""
+        """The rows that are sampled, side by side."""
+        if not self.has_drafts:
+            return self._rows_without_drafts()
         num_rows = 1 + self.num_drafts[self.is_sampled]
         first_rows = np.cumsum(num_rows) - num_rows
         places = np.arange(num_rows.sum()) - np.repeat(first_rows, num_rows)
@@ -76,6 +91,19 @@ class StepWork:
             num_drafts_before=places,
             first_rows=first_rows,
             num_rows=num_rows,
+        )
+
+    def _rows_without_drafts(self) -> SampledRowPlaces:
+        """What `rows` comes to where each sequence that samples has one."""
+        slots = self.sampled_slots
+        zeros = np.zeros(slots.size, np.int64)
+        return SampledRowPlaces(
+            slots=slots,
+            positions=self.known_ends[self.is_sampled],
+            draft_starts=zeros,
+            num_drafts_before=zeros,
+            first_rows=np.arange(slots.size),
+            num_rows=np.ones(slots.size, np.int64),
         )
 
 
@@ -105,6 +133,8 @@ class SampledRowPlaces:
 
     def kept(self, num_accepted: Int64Array) -> BoolArray:
         """[num_rows], whose tokens stay where num_accepted drafts of each sequence do."""
+        if self.slots.size == self.first_rows.size:  # nobody has drafts
+            return np.ones(self.slots.size, np.bool_)
         kept: BoolArray = self.num_drafts_before <= np.repeat(num_accepted, self.num_rows)
         return kept
 
@@ -124,3 +154,11 @@ class AppliedPlan:
     table_places: Int64Array
     """[num_entries], slot * max_blocks_per_seq + index of each new entry of the block table."""
     work: StepWork
+
+
+def has_duplicates(values: Int64Array) -> bool:
+    """Whether a value of values, [num_values], is there twice."""
+    if values.size < 2:
+        return False
+    ordered = np.sort(values)
+    return bool((ordered[1:] == ordered[:-1]).any())

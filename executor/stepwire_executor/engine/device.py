@@ -100,7 +100,7 @@ class QueuedStep:
         )
         if self._outputs is None:
             return SampledRows(times=times)
-        places = self.work.rows()
+        places = self.work.rows
         token_ids, is_finite = self._outputs.sampled[:, : places.slots.size].numpy()
         num_accepted = np.zeros(places.num_rows.size, np.int64)
         if self._outputs.num_accepted is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.engine.interface import Decoder, SampledRows, StepTimes
 from stepwire_executor.engine.layout import StepLayout, lay_out
-from stepwire_executor.kernels.interface import Sample
+from stepwire_executor.kernels.interface import Sample, SamplingBatch
 from stepwire_executor.kv_cache import KVCache
 from stepwire_executor.sampling.adjustments import apply_adjustments
 from stepwire_executor.sampling.host_state import HostSampling
@@ -26,6 +26,7 @@ from stepwire_executor.speculation.interface import (
     Drafts,
     DrawnTokens,
     VerificationRule,
+    VerifiedRows,
 )
 from stepwire_executor.speculation.verification import SampledVerification
 from stepwire_executor.step_work import AppliedPlan, Int64Array, SampledRowPlaces, StepWork
@@ -65,6 +66,7 @@ class HostEngine:
     ) -> None:
         """Join the parts; rule: `sampled` unless told, proposer: the draft model."""
         self._decoder = decoder
+        self._sample = sample
         self._rule = rule or SampledVerification(sample)
         self._draft_source = DraftSource(proposer)
         self._cache = cache
@@ -101,7 +103,7 @@ class HostEngine:
         if layout is not None and batch is not None:
             hidden = self._decoder.hidden_states(batch, self._cache)
             forwarded_s = time.perf_counter()
-            if work.is_sampled.any():
+            if layout.logit_rows.size:
                 logits = self._decoder.logits(hidden)
                 rows = self._sample_rows(layout.rows, logits, slots, drafts)
         ended_s = time.perf_counter()
@@ -127,6 +129,7 @@ class HostEngine:
         self, rows: SampledRowPlaces, logits: Tensor, slots: SlotTable, drafts: Drafts
     ) -> SampledRows:
         draft_ids = drafts.token_ids.numpy()
+        has_drafts = draft_ids.size > 0
 
         def drafts_before(row: int) -> Int64Array:
             start = rows.draft_starts[row]
@@ -135,22 +138,17 @@ class HostEngine:
         # The token's own index in its sequence keys its noise.
         num_generated = rows.positions - slots.num_prompt_tokens[rows.slots]
         batch = self._sampling.gather(rows.slots, rows.positions, num_generated, drafts_before)
-        wanted = np.flatnonzero(batch.num_logprobs >= 0)
+        wanted = batch.rows_with_logprobs
         unadjusted = logits[torch.from_numpy(wanted)] if wanted.size else None
         apply_adjustments(logits, batch.adjustments)
-        next_drafts = np.full(rows.slots.size, NO_DRAFT, np.int64)
-        next_drafts[rows.has_next_draft] = draft_ids
-        verified = self._rule.verify(
-            logits,
-            batch.parameters,
-            DraftRows(
-                first_rows=torch.from_numpy(rows.first_rows),
-                next_drafts=torch.from_numpy(next_drafts),
-                probabilities=drafts.probabilities,
-            ),
-        )
-        token_ids, is_finite = verified.token_ids.numpy(), verified.is_finite.numpy()
-        num_accepted = verified.num_accepted.numpy()
+        if has_drafts:
+            verified = self._verify(logits, batch.parameters, rows, drafts)
+            token_ids, is_finite = verified.token_ids.numpy(), verified.is_finite.numpy()
+            num_accepted = verified.num_accepted.numpy()
+        else:  # no rule has anything to decide
+            output = self._sample(logits, batch.parameters)
+            token_ids, is_finite = output.token_ids.numpy(), output.is_finite.numpy()
+            num_accepted = np.zeros(rows.slots.size, np.int64)
         is_kept = rows.kept(num_accepted)
         logprobs: dict[int, RowLogprobs] = {}
         if unadjusted is not None:
@@ -165,6 +163,18 @@ class HostEngine:
         return SampledRows(
             token_ids=token_ids, is_finite=is_finite, num_accepted=num_accepted, logprobs=logprobs
         )
+
+    def _verify(
+        self, logits: Tensor, parameters: SamplingBatch, rows: SampledRowPlaces, drafts: Drafts
+    ) -> VerifiedRows:
+        next_drafts = np.full(rows.slots.size, NO_DRAFT, np.int64)
+        next_drafts[rows.has_next_draft] = drafts.token_ids.numpy()
+        draft_rows = DraftRows(
+            first_rows=torch.from_numpy(rows.first_rows),
+            next_drafts=torch.from_numpy(next_drafts),
+            probabilities=drafts.probabilities,
+        )
+        return self._rule.verify(logits, parameters, draft_rows)
 
     def _draw(
         self, table: SlotTable, logits: Tensor, slots: Int64Array, drafts: Tensor
@@ -183,7 +193,8 @@ def build_batch(
 ) -> StepBatch:
     """Make the tensors of a step in host memory; draft_token_ids: [num_drafts] int64."""
     token_ids = slots.token_ids[layout.slots, layout.positions].astype(np.int64)
-    token_ids[layout.draft_rows] = draft_token_ids.numpy()
+    if layout.draft_rows.size:
+        token_ids[layout.draft_rows] = draft_token_ids.numpy()
     ends = work.ends
     max_blocks = -(-int(ends.max()) // slots.block_size)
     return StepBatch(

@@ -8,7 +8,12 @@ import numpy as np
 
 from stepwire_executor.errors import PlanError
 from stepwire_executor.slots import SlotTable
-from stepwire_executor.step_work import Int64Array, SampledRowPlaces, StepWork
+from stepwire_executor.step_work import (
+    Int64Array,
+    SampledRowPlaces,
+    StepWork,
+    has_duplicates,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +45,26 @@ def lay_out(slots: SlotTable, work: StepWork) -> StepLayout:
     """
     ends = work.ends
     lengths = ends - work.starts
-    cu_seqlens_q = np.zeros(lengths.size + 1, np.int64)
-    np.cumsum(lengths, out=cu_seqlens_q[1:])
-    token_slots = np.repeat(work.slots, lengths)
-    positions = np.arange(cu_seqlens_q[-1]) - np.repeat(cu_seqlens_q[:-1] - work.starts, lengths)
-    block_size = slots.block_size
-    block_ids = slots.block_table[token_slots, positions // block_size].astype(np.int64)
-    slot_mapping = block_ids * block_size + positions % block_size
-    if np.unique(slot_mapping).size != slot_mapping.size:
+    max_query_len = int(lengths.max())
+    if max_query_len == 1:  # most steps
+        cu_seqlens_q = np.arange(lengths.size + 1)
+        token_slots, positions = work.slots, work.starts
+    else:
+        cu_seqlens_q = np.zeros(lengths.size + 1, np.int64)
+        np.cumsum(lengths, out=cu_seqlens_q[1:])
+        token_slots = np.repeat(work.slots, lengths)
+        first_rows = np.repeat(cu_seqlens_q[:-1] - work.starts, lengths)
+        positions = np.arange(cu_seqlens_q[-1]) - first_rows
+    blocks, offsets = np.divmod(positions, slots.block_size)
+    block_ids = slots.block_table[token_slots, blocks].astype(np.int64)
+    slot_mapping = block_ids * slots.block_size + offsets
+    if has_duplicates(slot_mapping):
         raise PlanError("work_slots: two tokens of the step have the same place in the KV cache")
-    rows = work.rows()
-    last_rows = cu_seqlens_q[1:][work.is_sampled] - 1
-    logit_rows = np.repeat(last_rows - (rows.num_rows - 1), rows.num_rows) + rows.num_drafts_before
+    rows = work.rows
+    logit_rows = cu_seqlens_q[1:][work.is_sampled] - 1
+    if work.has_drafts:
+        first_rows = np.repeat(logit_rows - (rows.num_rows - 1), rows.num_rows)
+        logit_rows = first_rows + rows.num_drafts_before
     return StepLayout(
         slots=token_slots,
         positions=positions,
@@ -60,5 +73,5 @@ def lay_out(slots: SlotTable, work: StepWork) -> StepLayout:
         rows=rows,
         logit_rows=logit_rows,
         draft_rows=logit_rows[rows.num_drafts_before > 0],
-        max_query_len=int(lengths.max()),
+        max_query_len=max_query_len,
     )

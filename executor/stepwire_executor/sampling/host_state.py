@@ -92,8 +92,25 @@ class HostSamplingBatch:
     num_logprobs: Int64Array
     """[num_rows], how many likeliest tokens a row wants beside the sampled one; NO_LOGPROBS: none
     at all."""
+    rows_with_logprobs: Int64Array
+    """The rows that want any."""
     adjustments: tuple[RowAdjustments, ...]
     """Only of rows that have any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gathered:
+    """The part of a batch that only admissions change, one entry a row."""
+
+    slots: Int64Array
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seeds: Tensor
+    streams: Tensor
+    num_logprobs: Int64Array
+    rows_with_logprobs: Int64Array
 
 
 class HostSampling:
@@ -110,6 +127,8 @@ class HostSampling:
         self._streams = np.zeros(max_num_seqs, np.int64)
         self._num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
         self._adjusted: dict[int, _Adjusted] = {}
+        self._gathered: _Gathered | None = None
+        """Of the step before, which the next one mostly asks for again."""
 
     def clear(self) -> None:
         """Forget every slot."""
@@ -128,6 +147,7 @@ class HostSampling:
         """
         slot, params = admission.slot, admission.sampling_params
         check_sampling_params(admission, self._vocab_size)
+        self._gathered = None
         self._temperature[slot] = params.temperature
         self._top_k[slot] = min(params.top_k, self._vocab_size)
         self._top_p[slot] = params.top_p
@@ -163,19 +183,39 @@ class HostSampling:
                     adjustments.append(
                         _row_adjustments(row, adjusted, int(num_generated[row]), drafts_before(row))
                     )
+        gathered = self._of_slots(slots)
         return HostSamplingBatch(
             parameters=SamplingBatch(
+                temperature=gathered.temperature,
+                top_k=gathered.top_k,
+                top_p=gathered.top_p,
+                min_p=gathered.min_p,
+                seeds=gathered.seeds,
+                positions=torch.from_numpy(positions),
+                streams=gathered.streams,
+            ),
+            num_logprobs=gathered.num_logprobs,
+            rows_with_logprobs=gathered.rows_with_logprobs,
+            adjustments=tuple(adjustments),
+        )
+
+    def _of_slots(self, slots: Int64Array) -> _Gathered:
+        """What admissions said of slots, [num_rows], a slot a row; nobody changes its arrays."""
+        gathered = self._gathered
+        if gathered is None or not np.array_equal(gathered.slots, slots):
+            num_logprobs = self._num_logprobs[slots]
+            gathered = self._gathered = _Gathered(
+                slots=slots.copy(),
                 temperature=torch.from_numpy(self._temperature[slots]),
                 top_k=torch.from_numpy(self._top_k[slots]),
                 top_p=torch.from_numpy(self._top_p[slots]),
                 min_p=torch.from_numpy(self._min_p[slots]),
                 seeds=torch.from_numpy(self._seeds[slots].view(np.int64)),
-                positions=torch.from_numpy(positions),
                 streams=torch.from_numpy(self._streams[slots]),
-            ),
-            num_logprobs=self._num_logprobs[slots],
-            adjustments=tuple(adjustments),
-        )
+                num_logprobs=num_logprobs,
+                rows_with_logprobs=np.flatnonzero(num_logprobs >= 0),
+            )
+        return gathered
 
     def count(self, slots: Int64Array, token_ids: Int64Array, is_kept: BoolArray) -> None:
         """Take what was generated, all [num_rows]: the tokens of the rows that are kept."""
