@@ -123,21 +123,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         async with self._reading(request, context, request.from_seq) as reader:
             stream = reader.stream
-            writer = EventWriter(
-                context, stream.request.request_id, self._config.unread_timeout_ms / 1e3
-            )
-            if reader.from_seq == 0 and stream.queued is not None:
-                await writer.write(0, queued=encode_queued(stream.queued))
-            async for event in reader:
-                if isinstance(event, Scheduled):
-                    await writer.write(reader.seq, scheduled=encode_scheduled(event))
-                else:
-                    await writer.write(reader.seq, output=encode_output(event))
-            if reader.from_seq <= stream.completed_seq:
-                completed = generation_pb2.Completed(
-                    usage=encode_usage(stream), timings=encode_timings(stream)
-                )
-                await writer.write(stream.completed_seq, completed=completed)
+            timeout_s = self._config.unread_timeout_ms / 1e3
+            with EventWriter(context, stream.request.request_id, timeout_s) as writer:
+                if reader.from_seq == 0 and stream.queued is not None:
+                    await writer.write(0, queued=encode_queued(stream.queued))
+                async for event in reader:
+                    if isinstance(event, Scheduled):
+                        await writer.write(reader.seq, scheduled=encode_scheduled(event))
+                    else:
+                        await writer.write(reader.seq, output=encode_output(event))
+                if reader.from_seq <= stream.completed_seq:
+                    completed = generation_pb2.Completed(
+                        usage=encode_usage(stream), timings=encode_timings(stream)
+                    )
+                    await writer.write(stream.completed_seq, completed=completed)
             stream.is_delivered = True
 
     async def Cancel(
