@@ -153,7 +153,7 @@ class SlotTable:
         rows[:, 0] = slots
         rows[:, 1] = self.num_tokens[slots]
         rows[:, 2] = self.num_computed_tokens[slots]
-        return zlib.crc32(rows)
+        return zlib.crc32(rows.tobytes())
 
     def _release(self, slots: Int64Array) -> None:
         self.is_occupied[slots] = False
