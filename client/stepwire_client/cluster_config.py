@@ -13,6 +13,8 @@ from stepwire_client.errors import SettingError
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtype: TypeAlias = Literal["auto", "fp8"]
 KernelChoice: TypeAlias = Literal["auto", "native", "triton", "reference"]
+Quantization: TypeAlias = Literal["auto", "none", "int4"]
+QuantizationGroupSize: TypeAlias = Literal[32, 64]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 SpeculativeMethod: TypeAlias = Literal["ngram", "suffix", "draft_model"]
@@ -29,6 +31,11 @@ class ClusterConfig:
     """The name that clients see."""
     dtype: Dtype | None = None
     """Of weights and activations."""
+    quantization: Quantization | None = None
+    """Integers for weights: auto is as the checkpoint stores them, none dequantises them, int4
+    rounds an unquantised checkpoint's."""
+    quantization_group_size: QuantizationGroupSize | None = None
+    """Inputs that share a scale where int4 rounds."""
     kv_cache_dtype: KVCacheDtype | None = None
     """Of keys and values; auto is the model's dtype."""
     block_size: int | None = None
@@ -124,6 +131,8 @@ class ClusterConfig:
         """Flags of an executor process; master_address is where several find one another."""
         names = (
             "dtype",
+            "quantization",
+            "quantization_group_size",
             "kv_cache_dtype",
             "block_size",
             "max_num_seqs",

@@ -192,6 +192,7 @@ def from_get_model_response(message: pb.GetModelResponse) -> ModelInfo:
         eos_token_ids=tuple(message.eos_token_ids),
         dtype=message.dtype,
         kv_cache_dtype=message.kv_cache_dtype,
+        quantization=message.quantization,
         block_size=message.block_size,
         num_blocks=message.num_blocks,
         weight_bytes=message.weight_bytes,

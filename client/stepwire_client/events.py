@@ -243,3 +243,5 @@ class ModelInfo:
     """Where draft tokens come from: "ngram", "suffix" or "draft_model"; empty: there are none."""
     num_speculative_tokens: int = 0
     """Most draft tokens a step for each sequence."""
+    quantization: str = ""
+    """Which weights are integers, for people: "none", "int4 in groups of 32"."""

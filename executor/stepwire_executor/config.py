@@ -24,6 +24,7 @@ DEFAULT_DEVICE_MAX_NUM_SEQS = 256
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtypeName = Literal["auto", "fp8"]
 KernelsName = Literal["auto", "native", "triton", "reference"]
+QuantizationName = Literal["auto", "none", "int4"]
 LoadFormat = Literal["auto", "dummy"]
 SpeculativeVerificationName = Literal["sampled", "rejection"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -85,6 +86,23 @@ class ExecutorConfig:
         ),
     )
     """Dtype of activations and of unquantised weights."""
+    quantization: QuantizationName = field(
+        default="auto",
+        metadata=_setting(
+            texts.one_of("auto", "none", "int4"),
+            "integers for weights: auto is as the checkpoint stores them, none dequantises them, "
+            "int4 rounds an unquantised checkpoint's",
+            metavar="NAME",
+        ),
+    )
+    """Which weights are integers on the device; all others are dtype."""
+    quantization_group_size: Literal[32, 64] = field(
+        default=64,
+        metadata=_setting(
+            texts.integer_of(32, 64), "inputs that share a scale under --quantization int4"
+        ),
+    )
+    """Neighbouring inputs that share a scale where the load itself rounds to integers."""
     device: str = field(
         default="auto",
         metadata=_setting(

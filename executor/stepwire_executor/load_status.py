@@ -21,6 +21,8 @@ class ModelDescription:
     """Name of the model's class in its config."""
     dtype: str
     """What is computed in."""
+    quantization: str
+    """Which weights are integers: "none", "int4 in groups of 32"."""
     kv_cache_dtype: str
     """Dtype of KV pages."""
     device: str

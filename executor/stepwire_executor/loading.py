@@ -81,10 +81,13 @@ def load_runner(
         device=device,
         max_model_len=config.max_model_len,
         load_format=config.load_format,
+        quantization=config.quantization,
+        quantization_group_size=config.quantization_group_size,
         has_fp8_kv_cache=config.kv_cache_dtype == "fp8",
         on_progress=lambda phase, fraction: on_progress(phase, target_share * fraction),
         group=group,
     )
+    _log.info("weights_loaded", quantization=model.quantization, mib=model.weight_bytes >> 20)
     draft = load_draft_model(
         config,
         kernels=kernels,
@@ -145,6 +148,7 @@ def load_runner(
         ),
         architecture=model.config.architecture,
         dtype=dtype_name,
+        quantization=model.quantization,
         kv_cache_dtype=kv_dtype_name,
         device=f"{device_label(device)} ({kernels.name})",
         vocab_size=model.config.vocab_size,

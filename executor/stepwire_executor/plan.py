@@ -6,14 +6,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepwire_executor.config import ExecutorConfig, LoadFormat, resolve_capacity
+from stepwire_executor.config import ExecutorConfig, resolve_capacity
 from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.kv_cache import FP8_DTYPE
 from stepwire_executor.model.config import ModelConfig
@@ -24,13 +24,28 @@ from stepwire_executor.model.loader import (
     resolve_max_model_len,
 )
 from stepwire_executor.model.memory import MemoryPlan, estimate_memory
-from stepwire_executor.model.weights.expected import check_tensors, expected_tensors
+from stepwire_executor.model.weights.expected import (
+    check_tensors,
+    expected_tensors,
+    input_groups,
+)
 from stepwire_executor.model.weights.kv_scales import find_static_scales
-from stepwire_executor.parallel.sharding import has_own_head, make_shard
+from stepwire_executor.model.weights.quantization import (
+    DEFAULT_GROUP_SIZE,
+    GroupSize,
+    Quantization,
+    choose_weights,
+    describe_quantization,
+    draft_quantization,
+)
+from stepwire_executor.model.weights.source import GroupFormat
+from stepwire_executor.parallel.sharding import InputGroups, has_own_head, make_shard
 from stepwire_executor.speculation.loading import check_draft_model, draft_model_name
 
 _SUMMED = ("weight_bytes", "activation_bytes", "kv_bytes_per_block", "kv_bytes_per_token")
 """Fields of MemoryPlan that all ranks' devices need together."""
+QUANTIZED_BITS = frozenset({4, 8})
+"""Of the kernels that `--kernels auto` takes, where they can be built."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
             load_format=options.load_format,
+            quantization=options.quantization,
+            quantization_group_size=options.quantization_group_size,
             tensor_parallel_size=options.tensor_parallel_size,
             gpu_memory_bytes=options.gpu_memory_bytes,
             gpu_memory_utilization=options.gpu_memory_utilization,
@@ -77,6 +94,8 @@ def plan_model(
     max_num_seqs: int | None,
     max_model_len: int | None,
     load_format: str,
+    quantization: Quantization = "auto",
+    quantization_group_size: GroupSize = DEFAULT_GROUP_SIZE,
     tensor_parallel_size: int = 1,
     gpu_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
@@ -96,10 +115,12 @@ def plan_model(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         load_format="dummy" if load_format == "dummy" else "auto",
+        quantization=quantization,
+        quantization_group_size=quantization_group_size,
         speculative_model=None if speculative_model is None else str(speculative_model),
     )
     capacity = resolve_capacity(settings, is_gpu=is_gpu)
-    read = _read(path, settings.load_format, dtype, kv_cache_dtype)
+    read = _read(settings, path, dtype, kv_cache_dtype)
     config = read.config
     context = resolve_max_model_len(max_model_len, config)
     check_draft_model(settings)
@@ -111,7 +132,13 @@ def plan_model(
         return [
             estimate_memory(
                 read.config,
-                make_shard(read.config, rank, num_ranks, has_own_head=own_head),
+                make_shard(
+                    read.config,
+                    rank,
+                    num_ranks,
+                    has_own_head=own_head,
+                    input_groups=read.input_groups,
+                ),
                 dtype=read.dtype,
                 kv_cache_dtype=read.kv_dtype,
                 block_size=capacity.block_size,
@@ -120,6 +147,7 @@ def plan_model(
                 max_model_len=context,
                 is_gpu=is_gpu,
                 has_static_kv_scales=read.has_static_kv_scales,
+                groups=read.groups,
             )
             for rank in range(num_ranks)
         ]
@@ -127,7 +155,7 @@ def plan_model(
     plans = estimates(read, context, tensor_parallel_size)
     draft: dict[str, Any] = {}
     if speculative_model is not None:
-        draft_read = _read(speculative_model, settings.load_format, dtype, kv_cache_dtype)
+        draft_read = _read(settings, speculative_model, dtype, kv_cache_dtype, is_draft=True)
         draft_context = min(context, draft_read.config.max_position_embeddings)
         (draft_plan,) = estimates(draft_read, draft_context, 1)
         rotary_bytes = draft_context * draft_read.config.rope.rotary_dim * 4
@@ -152,6 +180,7 @@ def plan_model(
     return {
         "architecture": config.architecture,
         "dtype": str(read.dtype).removeprefix("torch."),
+        "quantization": read.quantization,
         "kv_cache_dtype": str(read.kv_dtype).removeprefix("torch."),
         "num_layers": config.num_layers,
         "vocab_size": config.vocab_size,
@@ -183,14 +212,28 @@ class _Headers:
     """Of KV pages."""
     has_static_kv_scales: bool
     """Whether the checkpoint brings the scales of an fp8 cache."""
+    quantization: str
+    """Which weights are in integers, for people."""
+    groups: Mapping[str, GroupFormat]
+    """Of weights in integers, by name."""
+    input_groups: InputGroups
+    """Inputs that ranks must not part."""
 
 
-def _read(path: Path, load_format: LoadFormat, dtype: str, kv_cache_dtype: str) -> _Headers:
-    config, source = open_checkpoint(path, load_format)
+def _read(
+    settings: ExecutorConfig, path: Path, dtype: str, kv_cache_dtype: str, *, is_draft: bool = False
+) -> _Headers:
+    config, source = open_checkpoint(path, settings.load_format)
     try:
         check_tensors(config, source)
         resolved_dtype = resolve_dtype(
             "auto" if dtype == "auto" else SUPPORTED_DTYPES[dtype], config, source
+        )
+        quantization = settings.quantization
+        if is_draft:
+            quantization = draft_quantization(quantization, source)
+        source = choose_weights(
+            source, config, quantization, settings.quantization_group_size, bits=QUANTIZED_BITS
         )
         kv_dtype = FP8_DTYPE if kv_cache_dtype == "fp8" else resolved_dtype
         has_static_kv_scales = kv_dtype == FP8_DTYPE and (
@@ -203,6 +246,11 @@ def _read(path: Path, load_format: LoadFormat, dtype: str, kv_cache_dtype: str) 
         dtype=resolved_dtype,
         kv_dtype=kv_dtype,
         has_static_kv_scales=has_static_kv_scales,
+        quantization=describe_quantization(source, config),
+        groups={
+            name: info.groups for name, info in source.tensors.items() if info.groups is not None
+        },
+        input_groups=input_groups(source),
     )
 
 
@@ -245,6 +293,10 @@ def _parser() -> argparse.ArgumentParser:
         "--speculative-model", type=Path, default=None, help="directory or .gguf file that drafts"
     )
     parser.add_argument("--tensor-parallel-size", type=_positive, default=1, help="ranks")
+    parser.add_argument("--quantization", choices=["auto", "none", "int4"], default="auto")
+    parser.add_argument(
+        "--quantization-group-size", type=int, choices=[32, 64], default=DEFAULT_GROUP_SIZE
+    )
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument(
         "--gpu-memory-bytes", type=_positive, default=None, help="plan for a GPU of this memory"

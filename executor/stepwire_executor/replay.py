@@ -160,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_model_len=description.max_position_embeddings,
             num_threads=options.num_threads,
             load_format=options.load_format,
+            quantization=options.quantization,
+            quantization_group_size=options.quantization_group_size,
             speculative_verification=options.speculative_verification,
             speculative_model=options.speculative_model,
         )
@@ -211,6 +213,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=_DTYPES,
         help="what to compute in (default: the log's)",
     )
+    parser.add_argument(
+        "--quantization",
+        choices=["auto", "none", "int4"],
+        default="auto",
+        help="as of the executor that wrote the log",
+    )
+    parser.add_argument("--quantization-group-size", type=int, choices=[32, 64], default=64)
     parser.add_argument(
         "--kernels", choices=["auto", "native", "triton", "reference"], default="auto"
     )

@@ -47,6 +47,12 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def integer_of(*choices: int) -> Callable[[str], int]:
+    """One of some whole numbers."""
+    parse_word = one_of(*map(str, choices))
+    return lambda text: int(parse_word(text))
+
+
 def fraction(text: str) -> float:
     """A number above 0, at most 1."""
     try:

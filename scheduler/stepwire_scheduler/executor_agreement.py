@@ -12,6 +12,7 @@ from stepwire_scheduler.errors import ExecutorMismatchError
 _AGREED_FIELDS = {
     "model_fingerprint": "--model",
     "dtype": "--dtype",
+    "quantization": "--quantization",
     "kv_cache_dtype": "--kv-cache-dtype",
     "block_size": "--block-size",
     "num_blocks": "--num-kv-blocks",

@@ -56,6 +56,8 @@ class ServedModel:
     """Empty: none."""
     num_speculative_tokens: int = 0
     """Most draft tokens a step for each sequence."""
+    quantization: str = "none"
+    """Which weights are integers, for people."""
 
 
 def served_model(descriptions: Sequence[DescribeResponse], config: SchedulerConfig) -> ServedModel:
@@ -74,6 +76,7 @@ def served_model(descriptions: Sequence[DescribeResponse], config: SchedulerConf
         eos_token_ids=frozenset(description.eos_token_ids),
         dtype=description.dtype,
         kv_cache_dtype=description.kv_cache_dtype,
+        quantization=description.quantization,
         block_size=description.block_size,
         num_blocks=description.num_blocks,
         rank_weight_bytes=tuple(rank.weight_bytes for rank in ranks),

@@ -164,6 +164,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             response.max_model_len = model.max_model_len
             response.eos_token_ids.extend(sorted(model.eos_token_ids))
             response.dtype = model.dtype
+            response.quantization = model.quantization
             response.kv_cache_dtype = model.kv_cache_dtype
             response.block_size = model.block_size
             response.num_blocks = model.num_blocks

@@ -40,6 +40,7 @@ DESCRIPTION = ModelDescription(
     model_fingerprint=FINGERPRINT,
     architecture="PagedEchoForCausalLM",
     dtype="float32",
+    quantization="none",
     kv_cache_dtype="float32",
     device="cpu",
     vocab_size=VOCAB_SIZE,

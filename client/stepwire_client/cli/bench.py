@@ -131,6 +131,7 @@ def bench(
         "backend": "stepwire",
         "model_id": model.model,
         "dtype": model.dtype,
+        "quantization": model.quantization,
         "kv_cache_dtype": model.kv_cache_dtype,
         "device": model.device,
         "host": f"{platform.machine()} {platform.system()}, Python {platform.python_version()}",

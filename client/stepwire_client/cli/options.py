@@ -17,6 +17,8 @@ from stepwire_client.cluster_config import (
     KernelChoice,
     KVCacheDtype,
     LoadFormat,
+    Quantization,
+    QuantizationGroupSize,
     SchedulingPolicy,
     SpeculativeMethod,
     SpeculativeVerification,
@@ -34,6 +36,10 @@ class ClusterOptions:
 
     dtype: Dtype | None = None
     """Of weights and activations."""
+    quantization: Quantization | None = None
+    """auto serves weights as they are stored, none dequantises them, int4 rounds floats."""
+    quantization_group_size: QuantizationGroupSize | None = None
+    """Inputs that share a scale under int4."""
     kv_cache_dtype: KVCacheDtype | None = None
     """Of keys and values."""
     max_num_seqs: int | None = None

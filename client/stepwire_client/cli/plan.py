@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from stepwire_client.cli import host
 from stepwire_client.cli.session import fetch_model
-from stepwire_client.cluster_config import Dtype, KVCacheDtype
+from stepwire_client.cluster_config import Dtype, KVCacheDtype, Quantization, QuantizationGroupSize
 from stepwire_client.errors import ModelError
 
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
@@ -23,6 +23,8 @@ def plan(
     /,
     *,
     dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
+    quantization_group_size: QuantizationGroupSize | None = None,
     kv_cache_dtype: KVCacheDtype | None = None,
     block_size: int | None = None,
     max_num_batched_tokens: int | None = None,
@@ -42,6 +44,10 @@ def plan(
         A known name, a folder or a .gguf file; a known one is fetched when it is missing.
     dtype
         Of weights and activations.
+    quantization
+        Integers for weights: auto is as stored, none dequantises, int4 rounds floats.
+    quantization_group_size
+        Inputs that share a scale under int4.
     kv_cache_dtype
         Of keys and values.
     block_size
@@ -66,6 +72,8 @@ def plan(
     path = fetch_model(model)
     flags: dict[str, object] = {
         "--dtype": dtype,
+        "--quantization": quantization,
+        "--quantization-group-size": quantization_group_size,
         "--kv-cache-dtype": kv_cache_dtype,
         "--block-size": block_size,
         "--max-num-batched-tokens": max_num_batched_tokens,
@@ -103,6 +111,8 @@ def table(numbers: dict[str, Any]) -> str:
         (f"KV of {seqs} x {context} tokens", host.in_bytes(numbers["kv_bytes"])),
         ("together", host.in_bytes(total)),
     ]
+    if numbers.get("quantization", "none") != "none":
+        rows.insert(1, ("of which matrices", numbers["quantization"]))
     if "draft_weight_bytes" in numbers:
         rows.insert(1, ("of them the draft model's", host.in_bytes(numbers["draft_weight_bytes"])))
     available = numbers["available_bytes"]

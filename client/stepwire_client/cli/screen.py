@@ -41,12 +41,15 @@ def describe_model(model: ModelInfo) -> str:
         on_ranks = (
             f" ({host.in_bytes(max(model.rank_weight_bytes))} at most on each of {num_ranks} ranks)"
         )
+    quantization = ""
+    if model.quantization not in ("", "none"):
+        quantization = f" ({model.quantization})"
     drafts = ""
     if model.speculative_method:
         drafts = f", up to {model.num_speculative_tokens} drafts by {model.speculative_method}"
     return (
         f"{model.model}: {model.architecture}, {model.dtype} on {model.device}, weights "
-        f"{host.in_bytes(model.weight_bytes)}{on_ranks}, KV {model.kv_cache_dtype} "
+        f"{host.in_bytes(model.weight_bytes)}{quantization}{on_ranks}, KV {model.kv_cache_dtype} "
         f"{host.in_bytes(model.kv_cache_bytes)} = {model.num_blocks} blocks of "
         f"{model.block_size} = {pool} tokens, up to {model.max_num_seqs} sequences"
         f"{drafts}"

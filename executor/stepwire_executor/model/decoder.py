@@ -6,6 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,12 +21,16 @@ from stepwire_executor.model.layers import (
     HostLayer,
     Piece,
     Projection,
+    Weight,
     pack_layer,
+    pack_weight,
     read_layer,
     read_pieces,
     read_tensor,
+    read_weight,
 )
 from stepwire_executor.model.rope import cos_sin_table
+from stepwire_executor.model.weights.expected import head_name, input_groups
 from stepwire_executor.model.weights.source import WeightSource
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.parallel.sharding import ModelShard, has_own_head, make_shard
@@ -65,7 +70,11 @@ class Decoder:
         that can be rotated. The source must have passed check_tensors. Raises ModelLoadError.
         """
         shard = make_shard(
-            config, group.rank, group.world_size, has_own_head=has_own_head(config, device)
+            config,
+            group.rank,
+            group.world_size,
+            has_own_head=has_own_head(config, device),
+            input_groups=input_groups(source),
         )
         config = shard.local_config(config)
         self.config = config
@@ -79,7 +88,8 @@ class Decoder:
 
         on_progress("read weights", 0.0)
         num_parts = config.num_layers + 2  # the embedding and the head weigh about a layer each
-        embedding = _read_vocab(source, "model.embed_tokens.weight", dtype, shard)
+        table = Piece(name="model.embed_tokens.weight", rows=shard.vocab)
+        embedding = read_pieces(source, [table], dtype)
         layers: list[DecoderLayer] = []
         # Closed at once when packing or the callback fails, so that no thread reads on.
         with contextlib.closing(_read_ahead(source, config, dtype, shard)) as hosts:
@@ -89,11 +99,12 @@ class Decoder:
         self._layers = tuple(layers)
         self._final_norm = read_tensor(source, "model.norm.weight", dtype).to(device)
         self._embedding = embedding.to(device)
-        head = self._embedding
-        if not config.tie_word_embeddings:
-            head = _read_vocab(source, "lm_head.weight", dtype, shard).to(device)
+        head: Weight = (self._embedding,)
+        head_piece = replace(table, name=head_name(config))
+        if source.tensors[head_piece.name].groups or not config.tie_word_embeddings:
+            head = read_weight(source, [head_piece], dtype)
         on_progress("pack weights", (num_parts - 1) / num_parts)
-        self._head = kernels.pack_weight(head)
+        self._head = pack_weight(head, kernels, device, dtype)
         on_progress("pack weights", 1.0)
 
     @property
@@ -191,10 +202,6 @@ class Decoder:
         )
         # A single rank's kernel rounds to float32 as well before it rounds to the dtype.
         return self._group.all_reduce(partial).to(torch.float32).to(self.dtype)
-
-
-def _read_vocab(source: WeightSource, name: str, dtype: torch.dtype, shard: ModelShard) -> Tensor:
-    return read_pieces(source, [Piece(name=name, rows=shard.vocab)], dtype)
 
 
 def _read_ahead(

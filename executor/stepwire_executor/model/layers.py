@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepwire_executor.kernels.interface import Kernels, PackedWeight
+from stepwire_executor.kernels.linear.group_quantized import GroupQuantized, stacked
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.weights.source import WeightSource
 from stepwire_executor.parallel.sharding import ModelShard
@@ -57,12 +59,20 @@ class DecoderLayer:
         )
 
 
+Weight = tuple[Tensor | GroupQuantized, ...]
+"""Of a projection: parts below one another, where they are not stored alike."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLayer:
     """A rank's part of one layer's weights in CPU memory, fused but not yet packed."""
 
+    dtype: torch.dtype
+    """Of what is not in integers."""
+    weights: dict[str, Weight]
+    """Of projections, by the names of DecoderLayer's fields."""
     tensors: dict[str, Tensor]
-    """By the names of DecoderLayer's fields, with ".weight" and ".bias" for projections."""
+    """By the names of DecoderLayer's fields, with ".bias" for projections."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +110,37 @@ def read_pieces(source: WeightSource, pieces: Sequence[Piece], dtype: torch.dtyp
     return stacked
 
 
+def read_weight(source: WeightSource, pieces: Sequence[Piece], dtype: torch.dtype) -> Weight:
+    """Pieces of matrices stacked by rows, in integers where the source has them."""
+    parts: list[Tensor | GroupQuantized] = []
+    for has_groups, alike in itertools.groupby(
+        pieces, key=lambda piece: source.tensors[piece.name].groups is not None
+    ):
+        if not has_groups:
+            parts.append(read_pieces(source, list(alike), dtype))
+            continue
+        groups = [source.load_groups(piece.name, piece.rows, piece.columns) for piece in alike]
+        together = stacked(groups)
+        parts.extend(groups if together is None else [together])
+    return tuple(parts)
+
+
+def pack_weight(
+    weight: Weight,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    sum_unit: int | None = None,
+) -> PackedWeight:
+    """Bring a weight to the device; parts of several kinds as dtype, in one."""
+    if len(weight) == 1:
+        return kernels.pack_weight(weight[0].to(device), sum_unit)
+    dense = [
+        part.dequantize().to(dtype) if isinstance(part, GroupQuantized) else part for part in weight
+    ]
+    return kernels.pack_weight(torch.cat(dense).to(device), sum_unit)
+
+
 def read_tensor(source: WeightSource, name: str, dtype: torch.dtype) -> Tensor:
     """A whole tensor."""
     return read_pieces(source, [Piece(name=name, rows=range(source.tensors[name].shape[0]))], dtype)
@@ -120,23 +161,25 @@ def read_layer(
         "gate_up": {"mlp.gate_proj": inner, "mlp.up_proj": inner},
     }
     columns = {"attention_output": query, "down": inner}
+    weights: dict[str, Weight] = {}
     tensors: dict[str, Tensor] = {}
     for field, name in _NORMS.items():
         if prefix + name + ".weight" in source.tensors:
             tensors[field] = read_tensor(source, prefix + name + ".weight", dtype)
     for field, modules in rows.items():
-        for kind in (".weight", ".bias"):
-            pieces = [Piece(name=prefix + name + kind, rows=part) for name, part in modules.items()]
-            if pieces[0].name in source.tensors:
-                tensors[field + kind] = read_pieces(source, pieces, dtype)
+        pieces = [Piece(name=f"{prefix}{name}.weight", rows=part) for name, part in modules.items()]
+        weights[field] = read_weight(source, pieces, dtype)
+        biases = [Piece(name=f"{prefix}{name}.bias", rows=part) for name, part in modules.items()]
+        if biases[0].name in source.tensors:
+            tensors[field + ".bias"] = read_pieces(source, biases, dtype)
     for field, module in _ROW_PARALLEL.items():
         name = prefix + module + ".weight"
         piece = Piece(name=name, rows=range(source.tensors[name].shape[0]), columns=columns[field])
-        tensors[field + ".weight"] = read_pieces(source, [piece], dtype)
+        weights[field] = read_weight(source, [piece], dtype)
         bias = prefix + module + ".bias"
         if bias in source.tensors and shard.rank == 0:  # else the sum would hold it many times
             tensors[field + ".bias"] = read_tensor(source, bias, dtype)
-    return HostLayer(tensors=tensors)
+    return HostLayer(dtype=dtype, weights=weights, tensors=tensors)
 
 
 def pack_layer(
@@ -158,9 +201,7 @@ def pack_layer(
         return host.tensors[field].to(device)
 
     def projection(field: str) -> Projection:
-        weight = kernels.pack_weight(
-            host.tensors[field + ".weight"].to(device), sum_units.get(field)
-        )
+        weight = pack_weight(host.weights[field], kernels, device, host.dtype, sum_units.get(field))
         return Projection(weight=weight, bias=tensor(field + ".bias"))
 
     return DecoderLayer(

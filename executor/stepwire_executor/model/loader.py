@@ -24,6 +24,13 @@ from stepwire_executor.model.weights.expected import check_tensors
 from stepwire_executor.model.weights.gguf import GGUFWeights
 from stepwire_executor.model.weights.gguf_file import GGUFFile
 from stepwire_executor.model.weights.kv_scales import read_static_scales
+from stepwire_executor.model.weights.quantization import (
+    DEFAULT_GROUP_SIZE,
+    GroupSize,
+    Quantization,
+    choose_weights,
+    describe_quantization,
+)
 from stepwire_executor.model.weights.safetensors import SafetensorsWeights
 from stepwire_executor.model.weights.source import WeightSource
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
@@ -48,6 +55,8 @@ class LoadedModel:
     """Of weights and activations."""
     max_model_len: int
     """Positions that the decoder can compute, at most config.max_position_embeddings."""
+    quantization: str
+    """Which weights are in integers, for people; see `describe_quantization`."""
     weight_bytes: int
     """Of this rank, on the device, as packed."""
     fingerprint: str
@@ -65,6 +74,8 @@ def load_model(
     device: torch.device,
     max_model_len: int | None = None,
     load_format: LoadFormat = "auto",
+    quantization: Quantization = "auto",
+    quantization_group_size: GroupSize = DEFAULT_GROUP_SIZE,
     has_fp8_kv_cache: bool = False,
     on_progress: ProgressCallback | None = None,
     group: RankGroup = SINGLE_RANK,
@@ -72,13 +83,16 @@ def load_model(
     """Load this rank's part of a Hugging Face directory or a GGUF file.
 
     dtype "auto" is the checkpoint's, bfloat16 where its weights are quantised. load_format
-    "dummy" needs a config only. has_fp8_kv_cache: whether the cache's scales are wanted. Raises
-    ModelLoadError with one line that names the fix.
+    "dummy" needs a config only. quantization: see `choose_weights`. has_fp8_kv_cache: whether the
+    cache's scales are wanted. Raises ModelLoadError with one line that names the fix.
     """
     config, source = open_checkpoint(path, load_format)
     try:
         check_tensors(config, source)
         resolved_dtype = resolve_dtype(dtype, config, source)
+        source = choose_weights(
+            source, config, quantization, quantization_group_size, bits=kernels.quantized_bits
+        )
         static_kv_scales = (
             read_static_scales(source, config.num_layers) if has_fp8_kv_cache else None
         )
@@ -106,6 +120,7 @@ def load_model(
         decoder=decoder,
         config=config,
         dtype=resolved_dtype,
+        quantization=describe_quantization(source, config),
         max_model_len=resolve_max_model_len(max_model_len, config),
         weight_bytes=decoder.num_weight_bytes,
         fingerprint=fingerprint,
@@ -163,6 +178,6 @@ def _fingerprint(config: ModelConfig, source: WeightSource, dtype: torch.dtype) 
     digest.update(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     digest.update(str(dtype).encode())
     for name, info in sorted(source.tensors.items()):
-        digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+        digest.update(f"{name} {info.shape} {info.dtype} {info.groups}\n".encode())
         digest.update(source.sample(name))
     return digest.hexdigest()[:32]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from stepwire_executor.kv_cache import bytes_per_block
 from stepwire_executor.model.config import ModelConfig
-from stepwire_executor.model.weights.expected import expected_tensors
+from stepwire_executor.model.weights.expected import expected_tensors, head_name
+from stepwire_executor.model.weights.source import GroupFormat
 from stepwire_executor.parallel.sharding import ModelShard
 
 _LOGIT_COPIES = 2
@@ -26,7 +28,8 @@ class MemoryPlan:
     num_parameters: int
     """Elements of the rank's part of the checkpoint; a tied table counts once."""
     weight_bytes: int
-    """As packed; on a CPU a tied table counts twice, for lookup and laid out as the head."""
+    """As packed; on a CPU a tied table counts twice, for lookup and laid out as the head. So does
+    one that is in integers only as the head."""
     norm_bytes: int
     """The part of weight_bytes that is whole on every rank; a draft model is, all of it."""
     activation_bytes: int
@@ -56,20 +59,21 @@ def estimate_memory(
     max_model_len: int,
     is_gpu: bool = False,
     has_static_kv_scales: bool = False,
+    groups: Mapping[str, GroupFormat] | None = None,
 ) -> MemoryPlan:
     """Add up tensors by shape; what CUDA takes for itself is not in it.
 
     config: of the whole model; shard: the rank's part of it. dtype: of weights and activations.
-    kv_cache_dtype: of KV pages, float8_e4m3fn for fp8. has_static_kv_scales: whether the checkpoint
-    brings the scales of an fp8 cache.
+    kv_cache_dtype: of KV pages, float8_e4m3fn for fp8. has_static_kv_scales: whether the
+    checkpoint brings the scales of an fp8 cache. groups: of weights in integers, by name.
     """
     vocab_size = config.vocab_size
+    groups = groups or {}
     config = dataclasses.replace(shard.local_config(config), vocab_size=len(shard.vocab))
     tensors = _tensors(config, shard)
-    is_copied = config.tie_word_embeddings and not is_gpu
-    table_copies = config.vocab_size * config.hidden_size if is_copied else 0
-    num_parameters = sum(tensors.values())
-    num_norms = sum(size for name, size in tensors.items() if name.endswith("norm.weight"))
+    num_norms = sum(
+        math.prod(shape) for name, shape in tensors.items() if name.endswith("norm.weight")
+    )
     block_bytes = bytes_per_block(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -79,8 +83,8 @@ def estimate_memory(
         has_static_scales=has_static_kv_scales,
     )
     return MemoryPlan(
-        num_parameters=num_parameters,
-        weight_bytes=(num_parameters + table_copies) * dtype.itemsize,
+        num_parameters=sum(map(math.prod, tensors.values())),
+        weight_bytes=_weight_bytes(config, tensors, groups, dtype, is_gpu),
         norm_bytes=num_norms * dtype.itemsize,
         activation_bytes=max(
             max_num_batched_tokens
@@ -101,13 +105,36 @@ def estimate_memory(
     )
 
 
-def _tensors(config: ModelConfig, shard: ModelShard) -> dict[str, int]:
-    """Elements by name of a rank's part, whose config this is; the first rank adds the biases."""
-    sizes = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
+def _tensors(config: ModelConfig, shard: ModelShard) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of a rank's part, whose config this is; the first rank adds the biases."""
+    tensors = expected_tensors(config)
     if shard.rank == 0:
-        return sizes
+        return tensors
     summed = ("o_proj.bias", "down_proj.bias")
-    return {name: size for name, size in sizes.items() if not name.endswith(summed)}
+    return {name: shape for name, shape in tensors.items() if not name.endswith(summed)}
+
+
+def _weight_bytes(
+    config: ModelConfig,
+    tensors: Mapping[str, tuple[int, ...]],
+    groups: Mapping[str, GroupFormat],
+    dtype: torch.dtype,
+    is_gpu: bool,
+) -> int:
+    """Bytes of a rank's part as packed; config: the part's."""
+    total = 0
+    for name, shape in tensors.items():
+        is_table = name == "model.embed_tokens.weight"  # looked up in dtype
+        if name in groups and not is_table:
+            total += groups[name].packed_bytes(*shape)
+        else:
+            total += math.prod(shape) * dtype.itemsize
+    head = head_name(config)
+    if config.tie_word_embeddings and head in groups:
+        total += groups[head].packed_bytes(*tensors[head])
+    elif config.tie_word_embeddings and not is_gpu:
+        total += math.prod(tensors[head]) * dtype.itemsize
+    return total
 
 
 def _summand_bytes(config: ModelConfig, shard: ModelShard, is_gpu: bool) -> int:

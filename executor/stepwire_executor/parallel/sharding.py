@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,10 +29,25 @@ _FEWEST_UNITS = 6
 """Two and three ranks can share them."""
 _MOST_ABOVE_EVEN = 1.125
 """The largest part of a layer, against an even share, that is still balanced."""
+KERNEL_GROUP = 32
+"""Inputs that a CPU kernel multiplies in integers at once."""
 _VOCAB_UNIT = 32
 """Rows of the vocabulary that stay together in a large one: a CPU kernel's panel."""
 _MANY_VOCAB_UNITS = 64
 """A rank, from which a vocabulary is a large one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputGroups:
+    """Neighbouring inputs that no rank may part, as quantised weights share scales among them."""
+
+    attention: int = 1
+    """Inputs of the attention's output projection."""
+    mlp: int = 1
+    """Inputs of the down projection."""
+
+
+UNGROUPED = InputGroups()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +68,7 @@ class ModelShard:
     """vocab of each rank."""
     attention_sum_unit: int
     """Inputs of the attention's output projection whose products every number of ranks sums on
-    their own: those of one KV head."""
+    their own: those of one KV head, or of as many as groups of inputs ask for."""
     mlp_sum_unit: int | None
     """As many inputs of the down projection; None where no unit divides the MLP."""
 
@@ -77,11 +93,17 @@ def has_own_head(config: ModelConfig, device: torch.device) -> bool:
 
 
 def make_shard(
-    config: ModelConfig, rank: int, world_size: int, *, has_own_head: bool = True
+    config: ModelConfig,
+    rank: int,
+    world_size: int,
+    *,
+    has_own_head: bool = True,
+    input_groups: InputGroups = UNGROUPED,
 ) -> ModelShard:
     """The part of a rank. Raises ModelLoadError where there are more ranks than parts.
 
-    has_own_head: see the function of this name; ranks that differ in it do not fit together.
+    has_own_head: see the function of this name; ranks that differ in it or in input_groups do not
+    fit together.
     """
     smallest = min(config.num_heads, config.intermediate_size, config.vocab_size)
     if world_size > smallest:
@@ -89,17 +111,14 @@ def make_shard(
             f"--tensor-parallel-size {world_size} is more than the model can be split into: use "
             f"at most {smallest}"
         )
-    heads = [
-        _heads(config.num_heads, config.num_kv_heads, part, world_size)
-        for part in range(world_size)
-    ]
+    heads = [_heads(config, part, world_size, input_groups.attention) for part in range(world_size)]
     # Elements of one layer, then of all of them.
     attention = [
         2 * config.hidden_size * config.head_dim * (len(query_heads) + len(kv_heads))
         for query_heads, kv_heads in heads
     ]
-    sum_unit = _sum_unit(config.intermediate_size)
-    inner = _share_mlp(config, attention, sum_unit or 1)
+    sum_unit = _sum_unit(config.intermediate_size, input_groups.mlp)
+    inner = _share_mlp(config, attention, sum_unit or 1, input_groups.mlp)
     layers = [
         config.num_layers * (held + 3 * config.hidden_size * len(part))
         for held, part in zip(attention, inner, strict=True)
@@ -122,7 +141,7 @@ def make_shard(
         intermediate=inner[rank],
         vocab=vocab_parts[rank],
         vocab_parts=vocab_parts,
-        attention_sum_unit=config.num_heads // config.num_kv_heads * config.head_dim,
+        attention_sum_unit=_attention_sum_unit(config, input_groups.attention),
         mlp_sum_unit=sum_unit,
     )
 
@@ -134,53 +153,86 @@ def split_evenly(size: int, part: int, num_parts: int) -> range:
     return range(start, start + share + (part < rest))
 
 
-def _heads(num_heads: int, num_kv_heads: int, rank: int, world_size: int) -> tuple[range, range]:
-    """Query and KV heads of a rank."""
-    group_size = num_heads // num_kv_heads
-    if world_size <= num_kv_heads:
-        kv_heads = split_evenly(num_kv_heads, rank, world_size)
-        return range(kv_heads.start * group_size, kv_heads.stop * group_size), kv_heads
+def _heads(config: ModelConfig, rank: int, world_size: int, group: int) -> tuple[range, range]:
+    """Query and KV heads of a rank; group: inputs of the output projection that stay together."""
+    num_kv_heads, queries = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    bundle = _bundle(queries * config.head_dim, group)  # KV heads that stay together
+    num_bundles = math.ceil(num_kv_heads / bundle)
+    if world_size <= num_bundles:
+        part = split_evenly(num_bundles, rank, world_size)
+        kv_heads = range(part.start * bundle, min(part.stop * bundle, num_kv_heads))
+        return range(kv_heads.start * queries, kv_heads.stop * queries), kv_heads
     # Each KV head has several ranks, which share its query heads.
+    query_bundle = _bundle(config.head_dim, group)
+    num_parts = queries // query_bundle if bundle == 1 else 1
+    if world_size > num_bundles * num_parts:
+        raise _cuts_groups(world_size, group, num_bundles * num_parts)
     for kv_head in range(num_kv_heads):
         ranks = split_evenly(world_size, kv_head, num_kv_heads)
         if rank in ranks:
-            part = split_evenly(group_size, rank - ranks.start, len(ranks))
-            start = kv_head * group_size
-            return range(start + part.start, start + part.stop), range(kv_head, kv_head + 1)
+            part = split_evenly(num_parts, rank - ranks.start, len(ranks))
+            start = kv_head * queries
+            return (
+                range(start + part.start * query_bundle, start + part.stop * query_bundle),
+                range(kv_head, kv_head + 1),
+            )
     raise AssertionError((rank, world_size))
 
 
-def _sum_unit(size: int) -> int | None:
+def _bundle(num_inputs: int, group: int) -> int:
+    """How often so many inputs are a whole number of groups."""
+    return math.lcm(num_inputs, group) // num_inputs
+
+
+def _cuts_groups(world_size: int, group: int, most: int) -> ModelLoadError:
+    return ModelLoadError(
+        f"--tensor-parallel-size {world_size} would cut groups of {group} inputs that share a "
+        f"scale: use at most {most}, or --quantization none"
+    )
+
+
+def _attention_sum_unit(config: ModelConfig, group: int) -> int:
+    num_inputs = config.num_heads // config.num_kv_heads * config.head_dim
+    is_whole = group == 1 or num_inputs % KERNEL_GROUP == 0
+    return num_inputs if is_whole else num_inputs * _bundle(num_inputs, group)
+
+
+def _sum_unit(size: int, group: int) -> int | None:
     """Elements of the MLP that no usual number of ranks parts; None where it has no such parts.
 
-    Even, as bfloat16 is multiplied in pairs.
+    Even, as bfloat16 is multiplied in pairs; whole groups, or whole parts of one.
     """
     unit = _LARGEST_UNIT
     while unit > 1:
-        if size % unit == 0 and size // unit >= _FEWEST_UNITS:
+        is_shared = unit % group == 0 and size // unit >= _FEWEST_UNITS
+        if size % unit == 0 and (is_shared or group % unit == 0):
             return unit
         unit //= 2
     return None
 
 
-def _share_mlp(config: ModelConfig, attention: Sequence[int], unit: int) -> list[range]:
+def _share_mlp(config: ModelConfig, attention: Sequence[int], unit: int, group: int) -> list[range]:
     """The MLP's elements of each rank, in the largest units that keep layers balanced.
 
-    attention: elements of each rank's attention. Units smaller than those of the sums round
-    unlike one rank, but for those balance would be lost.
+    attention: elements of each rank's attention. unit: the largest to try, but for group, of
+    which units are multiples. Units smaller than those of the sums round unlike one rank, but for
+    those balance would be lost.
     """
     weight, size = 3 * config.hidden_size, config.intermediate_size
     even = (sum(attention) + weight * size) / len(attention)
-    least_possible = max(even, max(attention) + weight)
+    least_possible = max(even, max(attention) + weight * group)
+    unit = unit if unit % group == 0 else group
     while True:
         if size // unit >= len(attention):
             parts = _share_out(size, unit=unit, held=attention, weight=weight)
             largest = max(
                 held + weight * len(part) for held, part in zip(attention, parts, strict=True)
             )
-            if unit == 1 or largest <= _MOST_ABOVE_EVEN * least_possible:
+            if unit == group or largest <= _MOST_ABOVE_EVEN * least_possible:
                 return parts
-        unit //= 2
+        if unit == group:
+            raise _cuts_groups(len(attention), group, size // group)
+        unit = unit // 2 if unit % (2 * group) == 0 else group
 
 
 def _share_out(size: int, *, unit: int, held: Sequence[int], weight: int) -> list[range]:

@@ -16,6 +16,7 @@ from stepwire_executor.kernels.interface import Kernels
 from stepwire_executor.kv_cache import FP8_DTYPE
 from stepwire_executor.model.loader import SUPPORTED_DTYPES, load_model, open_checkpoint
 from stepwire_executor.model.vocabulary import check_same_tokenizer
+from stepwire_executor.model.weights.quantization import draft_quantization
 
 
 def draft_model_name(config: ExecutorConfig) -> str:
@@ -68,6 +69,8 @@ def load_draft_model(
             device=device,
             max_model_len=min(max_model_len, draft_config.max_position_embeddings),
             load_format=config.load_format,
+            quantization=draft_quantization(config.quantization, source),
+            quantization_group_size=config.quantization_group_size,
             has_fp8_kv_cache=is_fp8,
             on_progress=lambda phase, fraction: on_progress(
                 f"{phase} of the draft model", fraction

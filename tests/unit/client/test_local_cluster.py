@@ -97,6 +97,8 @@ def test_flags_that_are_set_reach_the_process_that_owns_them(
     config = replace(
         config,
         dtype="float32",
+        quantization="int4",
+        quantization_group_size=32,
         kv_cache_memory_bytes=1 << 20,
         max_num_seqs=3,
         served_model_name="name",
@@ -107,7 +109,8 @@ def test_flags_that_are_set_reach_the_process_that_owns_them(
         executor_address = f"127.0.0.1:{cluster.pids['executor']}"
     (executor,), (scheduler,) = starts(record, "executor"), starts(record, "scheduler")
     assert " ".join(executor) == (
-        "--model model --listen 127.0.0.1:0 --dtype float32 --max-num-seqs 3 "
+        "--model model --listen 127.0.0.1:0 --dtype float32 --quantization int4 "
+        "--quantization-group-size 32 --max-num-seqs 3 "
         "--kv-cache-memory-bytes 1048576"
     )
     assert " ".join(scheduler) == (

@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.hf_config import read_hf_config
 from stepwire_executor.model.locate import find_shape
-from stepwire_executor.parallel.sharding import ModelShard, make_shard
+from stepwire_executor.parallel.sharding import (
+    UNGROUPED,
+    InputGroups,
+    ModelShard,
+    make_shard,
+)
 
 LLAMA = read_hf_config(find_shape(Path("llama-3.1-8b")))
 
@@ -21,8 +27,13 @@ def _config(**changes: int) -> ModelConfig:
     return dataclasses.replace(LLAMA, **changes)  # type: ignore[arg-type]
 
 
-def _shards(config: ModelConfig, world_size: int) -> list[ModelShard]:
-    return [make_shard(config, rank, world_size) for rank in range(world_size)]
+def _shards(
+    config: ModelConfig, world_size: int, input_groups: InputGroups = UNGROUPED
+) -> list[ModelShard]:
+    return [
+        make_shard(config, rank, world_size, input_groups=input_groups)
+        for rank in range(world_size)
+    ]
 
 
 def _sizes(parts: list[range]) -> list[int]:
@@ -154,3 +165,80 @@ def test_a_rank_with_fewer_heads_has_more_of_the_rest() -> None:
             for shard in shards
         )
         assert abs(first - second) <= 32 * row
+
+
+@given(
+    num_kv_heads=st.integers(1, 9),
+    queries=st.integers(1, 6),
+    head_dim=st.sampled_from([16, 32, 64, 96, 128]),
+    attention_group=st.sampled_from([32, 64, 96, 128, 256]),
+    mlp_group=st.sampled_from([32, 64, 96, 128, 256]),
+    num_mlp_groups=st.integers(1, 40),
+    world_size=st.integers(1, 8),
+)
+def test_no_rank_cuts_a_group_of_inputs_and_sums_do_not_cross_ranks(
+    num_kv_heads: int,
+    queries: int,
+    head_dim: int,
+    attention_group: int,
+    mlp_group: int,
+    num_mlp_groups: int,
+    world_size: int,
+) -> None:
+    config = _config(
+        num_heads=num_kv_heads * queries,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=num_mlp_groups * mlp_group,
+        vocab_size=1000,
+    )
+    groups = InputGroups(attention=attention_group, mlp=mlp_group)
+    try:
+        shards = _shards(config, world_size, groups)
+    except ModelLoadError as error:
+        text = str(error)
+        if "can be split into" in text:
+            assert world_size > config.num_heads
+            return
+        assert "would cut groups" in text
+        assert "--quantization none" in text
+        most = int(text.split("use at most ")[1].split(",")[0])
+        assert most < world_size
+        # Others may then refuse in turn, but not for the same reason.
+        if f"groups of {mlp_group} " in text and most == num_mlp_groups:
+            return
+        _shards(dataclasses.replace(config, intermediate_size=8 * mlp_group), most, groups)
+        return
+    for shard in shards:
+        inputs = range(shard.query_heads.start * head_dim, shard.query_heads.stop * head_dim)
+        size = config.num_heads * head_dim
+        for part, whole, group in (
+            (inputs, size, attention_group),
+            (shard.intermediate, config.intermediate_size, mlp_group),
+        ):
+            assert len(part) > 0
+            assert part.start % group == 0
+            assert part.stop % group == 0 or part.stop == whole
+        assert shard.attention_sum_unit % 32 == 0
+        assert shard.mlp_sum_unit is not None
+        assert shard.mlp_sum_unit % 32 == 0
+        if world_size <= num_kv_heads:
+            assert inputs.start % shard.attention_sum_unit == 0
+    assert [head for shard in shards for head in shard.query_heads] == list(range(config.num_heads))
+
+
+def test_heads_stay_together_where_a_group_spans_them() -> None:
+    """192 inputs a KV head are one group of 128 and a half: two KV heads are three groups."""
+    config = _config(num_heads=12, num_kv_heads=4, head_dim=64, intermediate_size=1024)
+    groups = InputGroups(attention=128, mlp=128)
+    assert _sizes([shard.kv_heads for shard in _shards(config, 2, groups)]) == [2, 2]
+    with pytest.raises(ModelLoadError, match=r"groups of 128 inputs .* use at most 2, or"):
+        _shards(config, 3, groups)
+    assert _sizes([shard.kv_heads for shard in _shards(config, 3)]) == [2, 1, 1]
+
+
+def test_groups_that_units_hold_already_change_nothing() -> None:
+    for world_size in (1, 2, 4, 8):
+        assert _shards(LLAMA, world_size, InputGroups(attention=128, mlp=128)) == _shards(
+            LLAMA, world_size
+        )

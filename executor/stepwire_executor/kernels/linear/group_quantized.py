@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -68,6 +69,40 @@ class GroupQuantized:
         """Length of an input's row."""
         return self.codes.shape[1]
 
+    def to(self, device: torch.device) -> GroupQuantized:
+        """The same on a device."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            zeros=moved(self.zeros),
+            minimums=moved(self.minimums),
+            input_order=moved(self.input_order),
+        )
+
+    def columns(self, start: int, stop: int) -> GroupQuantized:
+        """The part of inputs start to stop, which cut no group; there must be no order of inputs.
+
+        Raises ValueError where they do.
+        """
+        if start == 0 and stop == self.in_features:
+            return self
+        size = self.group_size
+        if start % size or stop % size or self.input_order is not None:
+            raise ValueError(f"inputs {start} to {stop} cut groups of {size}")
+        groups = slice(start // size, stop // size)
+        return replace(
+            self,
+            codes=self.codes[:, start:stop],
+            scales=self.scales[:, groups],
+            zeros=None if self.zeros is None else self.zeros[:, groups],
+            minimums=None if self.minimums is None else self.minimums[:, groups],
+        )
+
     def dequantize(self) -> Tensor:
         """The weight in float32, [out_features, in_features], in the order of the layer's inputs.
 
@@ -87,3 +122,34 @@ class GroupQuantized:
         ordered = torch.empty_like(values)
         ordered[:, self.input_order] = values
         return ordered
+
+
+def stacked(parts: Sequence[GroupQuantized]) -> GroupQuantized | None:
+    """Parts one below the other, as one weight; None where they are not of one kind."""
+    first = parts[0]
+    if any(_kind(part) != _kind(first) or part.input_order is not None for part in parts):
+        return first if len(parts) == 1 else None
+
+    def cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
+    return replace(
+        first,
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=cat([part.zeros for part in parts]),
+        minimums=cat([part.minimums for part in parts]),
+    )
+
+
+def _kind(weight: GroupQuantized) -> tuple[object, ...]:
+    minimums = None if weight.minimums is None else weight.minimums.dtype
+    return (
+        weight.bits,
+        weight.group_size,
+        weight.in_features,
+        weight.scales.dtype,
+        minimums,
+        weight.zeros is None,
+    )

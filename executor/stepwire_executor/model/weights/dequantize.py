@@ -86,7 +86,7 @@ def _q8_0(blocks: Blocks, out: Floats) -> None:
     out *= blocks["scale"].astype(np.float32)[:, None]
 
 
-def _k_scales(blocks: Blocks) -> tuple[Floats, Floats]:
+def k_scales(blocks: Blocks) -> tuple[Floats, Floats]:
     """Scale and minimum of each of 8 sub-blocks, from 6-bit codes in 12 bytes: [n, 8, 1] each.
 
     Bytes 0-3 and 4-7 hold the first four scales and minimums in their low 6 bits; their top 2
@@ -102,7 +102,7 @@ def _k_scales(blocks: Blocks) -> tuple[Floats, Floats]:
 
 
 def _q4_k(blocks: Blocks, out: Floats) -> None:
-    scale, minimum = _k_scales(blocks)
+    scale, minimum = k_scales(blocks)
     elements = out.reshape(-1, 8, 32)
     elements[:] = _nibbles(blocks["codes"].reshape(-1, 32)).reshape(elements.shape)
     elements *= scale
@@ -110,7 +110,7 @@ def _q4_k(blocks: Blocks, out: Floats) -> None:
 
 
 def _q5_k(blocks: Blocks, out: Floats) -> None:
-    scale, minimum = _k_scales(blocks)
+    scale, minimum = k_scales(blocks)
     elements = out.reshape(-1, 8, 32)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     fifth = (blocks["fifth_bits"][:, None, :] >> shifts & 1) << 4

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.weights.expected import expected_tensors
 from stepwire_executor.model.weights.source import TensorInfo
@@ -49,6 +50,10 @@ class DummyWeights:
             size = min(_NUM_DRAWN - place, flat.numel() - start)
             flat[start : start + size] = numbers[place : place + size]
             start, place = start + size, 0
+
+    def load_groups(self, name: str, rows: range, columns: range | None = None) -> GroupQuantized:
+        """See WeightSource; there are no groups."""
+        raise AssertionError(name)
 
     def sample(self, name: str) -> bytes:
         """See WeightSource."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from stepwire_executor.errors import ModelLoadError
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.weights.kv_scales import kv_scale_names
 from stepwire_executor.model.weights.source import WeightSource
+from stepwire_executor.parallel.sharding import KERNEL_GROUP, InputGroups
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -39,6 +42,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+def head_name(config: ModelConfig) -> str:
+    """The matrix that makes logits."""
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+
 def check_tensors(config: ModelConfig, source: WeightSource) -> None:
     """Raise ModelLoadError unless the checkpoint holds just what the config calls for.
 
@@ -65,3 +73,18 @@ def check_tensors(config: ModelConfig, source: WeightSource) -> None:
             f"the checkpoint holds tensor {min(unexpected)!r}, which a {config.architecture} of "
             "this config does not have; get config and weights from the same source"
         )
+
+
+def input_groups(source: WeightSource) -> InputGroups:
+    """Inputs that ranks must not part: groups that share a scale, in any layer.
+
+    Rows that share one scale can be cut anywhere, but for the kernels' own groups.
+    """
+    sizes = {"self_attn.o_proj.weight": 1, "mlp.down_proj.weight": 1}
+    for name, info in source.tensors.items():
+        module = name.split(".", 3)[-1]
+        if module in sizes and info.groups is not None:
+            size = info.groups.group_size or KERNEL_GROUP
+            sizes[module] = math.lcm(sizes[module], size, KERNEL_GROUP)
+    attention, mlp = sizes.values()
+    return InputGroups(attention=attention, mlp=mlp)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from stepwire_executor.errors import ModelLoadError
+from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.weights.gguf_file import GGUFFile, GGUFTensor
-from stepwire_executor.model.weights.source import TensorInfo
+from stepwire_executor.model.weights.gguf_groups import GROUP_FORMATS
+from stepwire_executor.model.weights.source import GroupFormat, TensorInfo
 
 _TOP_LEVEL = {
     "token_embd": "model.embed_tokens",
@@ -55,7 +57,10 @@ class GGUFWeights:
         }
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(
-                shape=tensor.shape, dtype=tensor.format.name, num_bytes=tensor.num_bytes
+                shape=tensor.shape,
+                dtype=tensor.format.name,
+                num_bytes=tensor.num_bytes,
+                groups=_group_format(tensor),
             )
             for name, tensor in self._by_name.items()
         }
@@ -91,6 +96,20 @@ class GGUFWeights:
                 _dequantize(tensor, chunk, values)
                 target.copy_(torch.from_numpy(values[:, offset : offset + out.shape[1]]))
 
+    def load_groups(self, name: str, rows: range, columns: range | None = None) -> GroupQuantized:
+        """See WeightSource."""
+        tensor = self._by_name[name]
+        blocks = self._in_hf_order(name, self._file.blocks(tensor))[rows.start : rows.stop]
+        _, to_groups = GROUP_FORMATS[tensor.format.name]
+        columns = columns or range(tensor.shape[1])
+        # A block of some formats holds several groups.
+        block_size = tensor.format.num_elements
+        first_block, last_block = columns.start // block_size, -(-columns.stop // block_size)
+        with np.errstate(all="ignore"):  # as in _dequantize
+            part = to_groups(blocks[:, first_block:last_block])
+        offset = first_block * block_size
+        return part.columns(columns.start - offset, columns.stop - offset)
+
     def sample(self, name: str) -> bytes:
         """See WeightSource."""
         return self._file.sample(self._by_name[name], 64)
@@ -112,6 +131,11 @@ class GGUFWeights:
             )
         pairs = rows.reshape(num_heads, len(rows) // num_heads // 2, 2, -1)
         return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _group_format(tensor: GGUFTensor) -> GroupFormat | None:
+    known = GROUP_FORMATS.get(tensor.format.name)
+    return None if known is None or len(tensor.shape) != 2 else known[0]
 
 
 def _dequantize(tensor: GGUFTensor, blocks: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:

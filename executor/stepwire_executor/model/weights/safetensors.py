@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepwire_executor.errors import ModelLoadError
+from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
 from stepwire_executor.model.weights.source import TensorInfo
 
 _SINGLE_FILE = "model.safetensors"
@@ -83,6 +84,10 @@ class SafetensorsWeights:
         else:
             last_column = first_column + out.shape[1]
             out.copy_(piece[first_row : first_row + len(out), first_column:last_column])
+
+    def load_groups(self, name: str, rows: range, columns: range | None = None) -> GroupQuantized:
+        """See WeightSource; there are no groups."""
+        raise AssertionError(name)
 
     def sample(self, name: str) -> bytes:
         """See WeightSource."""

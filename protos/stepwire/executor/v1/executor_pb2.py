@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stepwire/executor/v1/executor.proto\x12\x14stepwire.executor.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xdd\x04\n\x10\x44\x65scribeResponse\x12\x33\n\nload_state\x18\x01 \x01(\x0e\x32\x1f.stepwire.executor.v1.LoadState\x12\x12\n\nload_phase\x18\x02 \x01(\t\x12\x15\n\rload_fraction\x18\x03 \x01(\x02\x12\x12\n\nload_error\x18\x04 \x01(\t\x12\x0f\n\x07load_ms\x18\x05 \x01(\x01\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x12\n\nworld_size\x18\x07 \x01(\r\x12\x13\n\x0binstance_id\x18\x08 \x01(\t\x12\x19\n\x11model_fingerprint\x18\t \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\n \x01(\t\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x16\n\x0ekv_cache_dtype\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x12\n\nvocab_size\x18\x0e \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x0f \x01(\r\x12\x15\n\reos_token_ids\x18\x10 \x03(\r\x12\x12\n\nblock_size\x18\x11 \x01(\r\x12\x12\n\nnum_blocks\x18\x12 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x13 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x14 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x15 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x16 \x01(\x04\x12\x13\n\x0b\x64raft_model\x18\x17 \x01(\t\x12\x1a\n\x12\x64raft_weight_bytes\x18\x18 \x01(\x04\x12\x1c\n\x14\x64raft_kv_cache_bytes\x18\x19 \x01(\x04\"\x87\x01\n\x0e\x45xecuteRequest\x12\x35\n\nopen_epoch\x18\x01 \x01(\x0b\x32\x1f.stepwire.executor.v1.OpenEpochH\x00\x12\x33\n\tstep_plan\x18\x02 \x01(\x0b\x32\x1e.stepwire.executor.v1.StepPlanH\x00\x42\t\n\x07message\"5\n\tOpenEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\"\xc8\x02\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x16\n\x0ereleased_slots\x18\x03 \x03(\r\x12\x33\n\nadmissions\x18\x04 \x03(\x0b\x32\x1f.stepwire.executor.v1.Admission\x12\x16\n\x0e\x61ppended_slots\x18\x05 \x03(\r\x12\x1a\n\x12\x61ppended_block_ids\x18\x06 \x03(\r\x12\x1d\n\x15\x63opy_source_block_ids\x18\x07 \x03(\r\x12\x1d\n\x15\x63opy_target_block_ids\x18\x08 \x03(\r\x12\x12\n\nwork_slots\x18\t \x03(\r\x12\x17\n\x0fwork_num_tokens\x18\n \x03(\r\x12\x17\n\x0fwork_num_drafts\x18\x0b \x03(\r\x12\x17\n\x0f\x64raft_token_ids\x18\x0c \x03(\r\"\xb6\x01\n\tAdmission\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x03(\r\x12=\n\x0fsampling_params\x18\x06 \x01(\x0b\x32$.stepwire.executor.v1.SamplingParams\"\x9a\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0e\n\x06stream\x18\x06 \x01(\r\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12G\n\nlogit_bias\x18\n \x03(\x0b\x32\x33.stepwire.executor.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x1c\n\x14suppressed_token_ids\x18\x0c \x03(\r\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"\xc4\x01\n\x0f\x45xecuteResponse\x12\x39\n\x0c\x65poch_opened\x18\x01 \x01(\x0b\x32!.stepwire.executor.v1.EpochOpenedH\x00\x12\x37\n\x0bstep_result\x18\x02 \x01(\x0b\x32 .stepwire.executor.v1.StepResultH\x00\x12\x32\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x1e.stepwire.executor.v1.DrainingH\x00\x42\t\n\x07message\"\x1c\n\x0b\x45pochOpened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\n\n\x08\x44raining\"\xd1\x02\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x15\n\rsampled_slots\x18\x03 \x03(\r\x12\x1a\n\x12num_sampled_tokens\x18\x04 \x03(\r\x12\x19\n\x11sampled_token_ids\x18\x05 \x03(\r\x12\x35\n\x08logprobs\x18\x06 \x03(\x0b\x32#.stepwire.executor.v1.TokenLogprobs\x12\x33\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32!.stepwire.executor.v1.SlotFailure\x12\x1b\n\x13slot_table_checksum\x18\x08 \x01(\x06\x12\x32\n\x07timings\x18\t \x01(\x0b\x32!.stepwire.executor.v1.StepTimings\x12\x18\n\x10num_draft_tokens\x18\n \x03(\r\"m\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"+\n\x0bSlotFailure\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x7f\n\x0bStepTimings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprepare_ms\x18\x02 \x01(\x01\x12\x12\n\nforward_ms\x18\x03 \x01(\x01\x12\x11\n\tsample_ms\x18\x04 \x01(\x01\x12\x0f\n\x07idle_ms\x18\x05 \x01(\x01\x12\x12\n\nelapsed_ms\x18\x06 \x01(\x01*\x85\x01\n\tLoadState\x12\x1a\n\x16LOAD_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12LOAD_STATE_LOADING\x10\x01\x12\x14\n\x10LOAD_STATE_READY\x10\x02\x12\x15\n\x11LOAD_STATE_FAILED\x10\x03\x12\x17\n\x13LOAD_STATE_DRAINING\x10\x04\x32\xc8\x01\n\x0f\x45xecutorService\x12Y\n\x08\x44\x65scribe\x12%.stepwire.executor.v1.DescribeRequest\x1a&.stepwire.executor.v1.DescribeResponse\x12Z\n\x07\x45xecute\x12$.stepwire.executor.v1.ExecuteRequest\x1a%.stepwire.executor.v1.ExecuteResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stepwire/executor/v1/executor.proto\x12\x14stepwire.executor.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xf3\x04\n\x10\x44\x65scribeResponse\x12\x33\n\nload_state\x18\x01 \x01(\x0e\x32\x1f.stepwire.executor.v1.LoadState\x12\x12\n\nload_phase\x18\x02 \x01(\t\x12\x15\n\rload_fraction\x18\x03 \x01(\x02\x12\x12\n\nload_error\x18\x04 \x01(\t\x12\x0f\n\x07load_ms\x18\x05 \x01(\x01\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x12\n\nworld_size\x18\x07 \x01(\r\x12\x13\n\x0binstance_id\x18\x08 \x01(\t\x12\x19\n\x11model_fingerprint\x18\t \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\n \x01(\t\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x16\n\x0ekv_cache_dtype\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x12\n\nvocab_size\x18\x0e \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x0f \x01(\r\x12\x15\n\reos_token_ids\x18\x10 \x03(\r\x12\x12\n\nblock_size\x18\x11 \x01(\r\x12\x12\n\nnum_blocks\x18\x12 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x13 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x14 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x15 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x16 \x01(\x04\x12\x13\n\x0b\x64raft_model\x18\x17 \x01(\t\x12\x1a\n\x12\x64raft_weight_bytes\x18\x18 \x01(\x04\x12\x1c\n\x14\x64raft_kv_cache_bytes\x18\x19 \x01(\x04\x12\x14\n\x0cquantization\x18\x1a \x01(\t\"\x87\x01\n\x0e\x45xecuteRequest\x12\x35\n\nopen_epoch\x18\x01 \x01(\x0b\x32\x1f.stepwire.executor.v1.OpenEpochH\x00\x12\x33\n\tstep_plan\x18\x02 \x01(\x0b\x32\x1e.stepwire.executor.v1.StepPlanH\x00\x42\t\n\x07message\"5\n\tOpenEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\"\xc8\x02\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x16\n\x0ereleased_slots\x18\x03 \x03(\r\x12\x33\n\nadmissions\x18\x04 \x03(\x0b\x32\x1f.stepwire.executor.v1.Admission\x12\x16\n\x0e\x61ppended_slots\x18\x05 \x03(\r\x12\x1a\n\x12\x61ppended_block_ids\x18\x06 \x03(\r\x12\x1d\n\x15\x63opy_source_block_ids\x18\x07 \x03(\r\x12\x1d\n\x15\x63opy_target_block_ids\x18\x08 \x03(\r\x12\x12\n\nwork_slots\x18\t \x03(\r\x12\x17\n\x0fwork_num_tokens\x18\n \x03(\r\x12\x17\n\x0fwork_num_drafts\x18\x0b \x03(\r\x12\x17\n\x0f\x64raft_token_ids\x18\x0c \x03(\r\"\xb6\x01\n\tAdmission\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x03(\r\x12=\n\x0fsampling_params\x18\x06 \x01(\x0b\x32$.stepwire.executor.v1.SamplingParams\"\x9a\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x0e\n\x06stream\x18\x06 \x01(\r\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x02\x12G\n\nlogit_bias\x18\n \x03(\x0b\x32\x33.stepwire.executor.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x1c\n\x14suppressed_token_ids\x18\x0c \x03(\r\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"\xc4\x01\n\x0f\x45xecuteResponse\x12\x39\n\x0c\x65poch_opened\x18\x01 \x01(\x0b\x32!.stepwire.executor.v1.EpochOpenedH\x00\x12\x37\n\x0bstep_result\x18\x02 \x01(\x0b\x32 .stepwire.executor.v1.StepResultH\x00\x12\x32\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x1e.stepwire.executor.v1.DrainingH\x00\x42\t\n\x07message\"\x1c\n\x0b\x45pochOpened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\n\n\x08\x44raining\"\xd1\x02\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x15\n\rsampled_slots\x18\x03 \x03(\r\x12\x1a\n\x12num_sampled_tokens\x18\x04 \x03(\r\x12\x19\n\x11sampled_token_ids\x18\x05 \x03(\r\x12\x35\n\x08logprobs\x18\x06 \x03(\x0b\x32#.stepwire.executor.v1.TokenLogprobs\x12\x33\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32!.stepwire.executor.v1.SlotFailure\x12\x1b\n\x13slot_table_checksum\x18\x08 \x01(\x06\x12\x32\n\x07timings\x18\t \x01(\x0b\x32!.stepwire.executor.v1.StepTimings\x12\x18\n\x10num_draft_tokens\x18\n \x03(\r\"m\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"+\n\x0bSlotFailure\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x7f\n\x0bStepTimings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprepare_ms\x18\x02 \x01(\x01\x12\x12\n\nforward_ms\x18\x03 \x01(\x01\x12\x11\n\tsample_ms\x18\x04 \x01(\x01\x12\x0f\n\x07idle_ms\x18\x05 \x01(\x01\x12\x12\n\nelapsed_ms\x18\x06 \x01(\x01*\x85\x01\n\tLoadState\x12\x1a\n\x16LOAD_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12LOAD_STATE_LOADING\x10\x01\x12\x14\n\x10LOAD_STATE_READY\x10\x02\x12\x15\n\x11LOAD_STATE_FAILED\x10\x03\x12\x17\n\x13LOAD_STATE_DRAINING\x10\x04\x32\xc8\x01\n\x0f\x45xecutorService\x12Y\n\x08\x44\x65scribe\x12%.stepwire.executor.v1.DescribeRequest\x1a&.stepwire.executor.v1.DescribeResponse\x12Z\n\x07\x45xecute\x12$.stepwire.executor.v1.ExecuteRequest\x1a%.stepwire.executor.v1.ExecuteResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,38 +33,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_LOADSTATE']._serialized_start=2677
-  _globals['_LOADSTATE']._serialized_end=2810
+  _globals['_LOADSTATE']._serialized_start=2699
+  _globals['_LOADSTATE']._serialized_end=2832
   _globals['_DESCRIBEREQUEST']._serialized_start=61
   _globals['_DESCRIBEREQUEST']._serialized_end=78
   _globals['_DESCRIBERESPONSE']._serialized_start=81
-  _globals['_DESCRIBERESPONSE']._serialized_end=686
-  _globals['_EXECUTEREQUEST']._serialized_start=689
-  _globals['_EXECUTEREQUEST']._serialized_end=824
-  _globals['_OPENEPOCH']._serialized_start=826
-  _globals['_OPENEPOCH']._serialized_end=879
-  _globals['_STEPPLAN']._serialized_start=882
-  _globals['_STEPPLAN']._serialized_end=1210
-  _globals['_ADMISSION']._serialized_start=1213
-  _globals['_ADMISSION']._serialized_end=1395
-  _globals['_SAMPLINGPARAMS']._serialized_start=1398
-  _globals['_SAMPLINGPARAMS']._serialized_end=1808
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1743
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1791
-  _globals['_EXECUTERESPONSE']._serialized_start=1811
-  _globals['_EXECUTERESPONSE']._serialized_end=2007
-  _globals['_EPOCHOPENED']._serialized_start=2009
-  _globals['_EPOCHOPENED']._serialized_end=2037
-  _globals['_DRAINING']._serialized_start=2039
-  _globals['_DRAINING']._serialized_end=2049
-  _globals['_STEPRESULT']._serialized_start=2052
-  _globals['_STEPRESULT']._serialized_end=2389
-  _globals['_TOKENLOGPROBS']._serialized_start=2391
-  _globals['_TOKENLOGPROBS']._serialized_end=2500
-  _globals['_SLOTFAILURE']._serialized_start=2502
-  _globals['_SLOTFAILURE']._serialized_end=2545
-  _globals['_STEPTIMINGS']._serialized_start=2547
-  _globals['_STEPTIMINGS']._serialized_end=2674
-  _globals['_EXECUTORSERVICE']._serialized_start=2813
-  _globals['_EXECUTORSERVICE']._serialized_end=3013
+  _globals['_DESCRIBERESPONSE']._serialized_end=708
+  _globals['_EXECUTEREQUEST']._serialized_start=711
+  _globals['_EXECUTEREQUEST']._serialized_end=846
+  _globals['_OPENEPOCH']._serialized_start=848
+  _globals['_OPENEPOCH']._serialized_end=901
+  _globals['_STEPPLAN']._serialized_start=904
+  _globals['_STEPPLAN']._serialized_end=1232
+  _globals['_ADMISSION']._serialized_start=1235
+  _globals['_ADMISSION']._serialized_end=1417
+  _globals['_SAMPLINGPARAMS']._serialized_start=1420
+  _globals['_SAMPLINGPARAMS']._serialized_end=1830
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1765
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1813
+  _globals['_EXECUTERESPONSE']._serialized_start=1833
+  _globals['_EXECUTERESPONSE']._serialized_end=2029
+  _globals['_EPOCHOPENED']._serialized_start=2031
+  _globals['_EPOCHOPENED']._serialized_end=2059
+  _globals['_DRAINING']._serialized_start=2061
+  _globals['_DRAINING']._serialized_end=2071
+  _globals['_STEPRESULT']._serialized_start=2074
+  _globals['_STEPRESULT']._serialized_end=2411
+  _globals['_TOKENLOGPROBS']._serialized_start=2413
+  _globals['_TOKENLOGPROBS']._serialized_end=2522
+  _globals['_SLOTFAILURE']._serialized_start=2524
+  _globals['_SLOTFAILURE']._serialized_end=2567
+  _globals['_STEPTIMINGS']._serialized_start=2569
+  _globals['_STEPTIMINGS']._serialized_end=2696
+  _globals['_EXECUTORSERVICE']._serialized_start=2835
+  _globals['_EXECUTORSERVICE']._serialized_end=3035
 # @@protoc_insertion_point(module_scope)

@@ -92,6 +92,7 @@ class DescribeResponse(_message.Message):
     DRAFT_MODEL_FIELD_NUMBER: _builtins.int
     DRAFT_WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     DRAFT_KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     load_state: Global___LoadState.ValueType
     load_phase: _builtins.str
     """"read weights", "pack weights", "allocate KV cache", …"""
@@ -137,6 +138,8 @@ class DescribeResponse(_message.Message):
     draft_weight_bytes: _builtins.int
     """Part of weight_bytes and of kv_cache_bytes."""
     draft_kv_cache_bytes: _builtins.int
+    quantization: _builtins.str
+    """Which weights are integers, for people: "none", "int4 in groups of 32, head int8 in …"."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -167,10 +170,11 @@ class DescribeResponse(_message.Message):
         draft_model: _builtins.str = ...,
         draft_weight_bytes: _builtins.int = ...,
         draft_kv_cache_bytes: _builtins.int = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "device", b"device", "draft_kv_cache_bytes", b"draft_kv_cache_bytes", "draft_model", b"draft_model", "draft_weight_bytes", b"draft_weight_bytes", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "instance_id", b"instance_id", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_dtype", b"kv_cache_dtype", "load_error", b"load_error", "load_fraction", b"load_fraction", "load_ms", b"load_ms", "load_phase", b"load_phase", "load_state", b"load_state", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "max_position_embeddings", b"max_position_embeddings", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "rank", b"rank", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "device", b"device", "draft_kv_cache_bytes", b"draft_kv_cache_bytes", "draft_model", b"draft_model", "draft_weight_bytes", b"draft_weight_bytes", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "instance_id", b"instance_id", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_dtype", b"kv_cache_dtype", "load_error", b"load_error", "load_fraction", b"load_fraction", "load_ms", b"load_ms", "load_phase", b"load_phase", "load_state", b"load_state", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "max_position_embeddings", b"max_position_embeddings", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "quantization", b"quantization", "rank", b"rank", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -886,6 +886,7 @@ class GetModelResponse(_message.Message):
     RANK_WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     SPECULATIVE_METHOD_FIELD_NUMBER: _builtins.int
     NUM_SPECULATIVE_TOKENS_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name that clients see."""
     state: Global___ModelState.ValueType
@@ -914,6 +915,8 @@ class GetModelResponse(_message.Message):
     """"ngram", "suffix", "draft_model"; empty: tokens are generated one a step."""
     num_speculative_tokens: _builtins.int
     """Most draft tokens a step for each sequence."""
+    quantization: _builtins.str
+    """Which weights are integers: "none", "int4 in groups of 32, head int8 in groups of 32", …"""
     @_builtins.property
     def load_progress(self) -> Global___LoadProgress:
         """What is being loaded, with progress, while state is LOADING."""
@@ -947,10 +950,11 @@ class GetModelResponse(_message.Message):
         rank_weight_bytes: _abc.Iterable[_builtins.int] | None = ...,
         speculative_method: _builtins.str = ...,
         num_speculative_tokens: _builtins.int = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_progress", b"load_progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_dtype", b"kv_cache_dtype", "load_progress", b"load_progress", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "num_speculative_tokens", b"num_speculative_tokens", "rank_weight_bytes", b"rank_weight_bytes", "speculative_method", b"speculative_method", "state", b"state", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_dtype", b"kv_cache_dtype", "load_progress", b"load_progress", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "num_speculative_tokens", b"num_speculative_tokens", "quantization", b"quantization", "rank_weight_bytes", b"rank_weight_bytes", "speculative_method", b"speculative_method", "state", b"state", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
