@@ -26,6 +26,7 @@ BENCHMARKS = (
     "serving",
     "speculation",
     "fp8_kv",
+    "quantization",
     "kernels_cpu",
     "overload",
     "cancel_leak",

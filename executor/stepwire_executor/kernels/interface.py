@@ -188,8 +188,8 @@ class Kernels:
     silu_and_mul: SiluAndMul
     pack_weight: PackWeight
     linear: Linear
-    quantized_bits: frozenset[int]
-    """Bits of the GroupQuantized weights that pack_weight takes."""
+    quantized_bits: frozenset[int] = frozenset()
+    """Of the codes of GroupQuantized weights that pack_weight takes; other weights are dense."""
     summand_dtype: torch.dtype
     """What ranks that share a layer's inputs have `linear` return, to add. float64 holds sums of
     float32 so exactly that, rounded to float32, their total does not show in which order they

@@ -97,7 +97,6 @@ def triton_kernels() -> Kernels:
         silu_and_mul=silu_triton.silu_and_mul,
         pack_weight=linear_triton.pack_weight,
         linear=linear_triton.linear,
-        quantized_bits=frozenset(),
         summand_dtype=torch.float32,
         sample=sample_triton.sample,
     )
@@ -115,7 +114,6 @@ def reference_kernels() -> Kernels:
         silu_and_mul=silu_and_mul,
         pack_weight=linear.pack_weight,
         linear=linear.linear,
-        quantized_bits=frozenset(),
         summand_dtype=torch.float32,
         sample=sample,
         quantized_rows=linear.quantized_rows,
@@ -134,7 +132,6 @@ def native_kernels(library: NativeLibrary) -> Kernels:
         silu_and_mul=make_silu_and_mul(library),
         pack_weight=linear_cpu.make_pack_weight(library),
         linear=linear_cpu.make_linear(library),
-        quantized_bits=frozenset(),
         summand_dtype=linear_cpu.SUMMAND_DTYPE,
         sample=make_sample(library),
         quantized_rows=make_quantized_rows(library),

@@ -6,14 +6,14 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from stepwire_executor.batch import StepBatch
-from stepwire_executor.kernels.interface import Kernels
+from stepwire_executor.kernels.interface import Kernels, PackedWeight
+from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
 from stepwire_executor.kv_cache import KVCache
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.layers import (
@@ -21,7 +21,6 @@ from stepwire_executor.model.layers import (
     HostLayer,
     Piece,
     Projection,
-    Weight,
     pack_layer,
     pack_weight,
     read_layer,
@@ -88,8 +87,7 @@ class Decoder:
 
         on_progress("read weights", 0.0)
         num_parts = config.num_layers + 2  # the embedding and the head weigh about a layer each
-        table = Piece(name="model.embed_tokens.weight", rows=shard.vocab)
-        embedding = read_pieces(source, [table], dtype)
+        table = _read_table(source, dtype, shard, kernels)
         layers: list[DecoderLayer] = []
         # Closed at once when packing or the callback fails, so that no thread reads on.
         with contextlib.closing(_read_ahead(source, config, dtype, shard)) as hosts:
@@ -98,21 +96,36 @@ class Decoder:
                 on_progress("read weights", (1 + len(layers)) / num_parts)
         self._layers = tuple(layers)
         self._final_norm = read_tensor(source, "model.norm.weight", dtype).to(device)
-        self._embedding = embedding.to(device)
-        head: Weight = (self._embedding,)
-        head_piece = replace(table, name=head_name(config))
-        if source.tensors[head_piece.name].groups or not config.tie_word_embeddings:
-            head = read_weight(source, [head_piece], dtype)
         on_progress("pack weights", (num_parts - 1) / num_parts)
-        self._head = pack_weight(head, kernels, device, dtype)
+        self._embedding: Tensor | PackedWeight = (
+            table.to(device) if isinstance(table, Tensor) else kernels.pack_weight(table.to(device))
+        )
+        self._head = self._pack_head(source, device)
         on_progress("pack weights", 1.0)
+
+    def _pack_head(self, source: WeightSource, device: torch.device) -> PackedWeight:
+        """The embedding itself where it is packed already, or as it is where it is not."""
+        name, table = head_name(self.config), self._embedding
+        if self.config.tie_word_embeddings:
+            if not isinstance(table, Tensor):
+                return table
+            if source.tensors[name].groups is None:
+                return self._kernels.pack_weight(table)
+        weight = read_weight(source, [Piece(name=name, rows=self._shard.vocab)], self.dtype)
+        return pack_weight(weight, self._kernels, device)
+
+    @property
+    def layers(self) -> tuple[DecoderLayer, ...]:
+        """This rank's part of each."""
+        return self._layers
 
     @property
     def num_weight_bytes(self) -> int:
         """Bytes of this rank's weights on the device; a head that is the embedding counts once."""
-        is_shared = getattr(self._head, "values", None) is self._embedding
+        table = self._embedding
+        is_shared = self._head is table or getattr(self._head, "values", None) is table
         return (
-            self._embedding.nbytes
+            (table.nbytes if isinstance(table, Tensor) else table.num_bytes)
             + self._final_norm.nbytes
             + (0 if is_shared else self._head.num_bytes)
             + sum(layer.num_bytes for layer in self._layers)
@@ -184,14 +197,19 @@ class Decoder:
     def _embed(self, token_ids: Tensor) -> Tensor:
         """Rows of the embedding, [num_tokens, hidden_size]: of other ranks' rows, their sum."""
         if self._group.world_size == 1:
-            return functional.embedding(token_ids, self._embedding)
+            return self._look_up(token_ids)
         rows = self._shard.vocab
         is_other = (token_ids < rows.start) | (token_ids >= rows.stop)
-        own = functional.embedding(
-            (token_ids - rows.start).masked_fill(is_other, 0), self._embedding
-        )
+        own = self._look_up((token_ids - rows.start).masked_fill(is_other, 0))
         # Exact in any dtype: all summands but one are zero.
         return self._group.all_reduce(own.masked_fill(is_other.unsqueeze(1), 0.0))
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        """Rows of this rank's part of the embedding."""
+        if isinstance(self._embedding, Tensor):
+            return functional.embedding(rows, self._embedding)
+        assert self._kernels.quantized_rows is not None
+        return self._kernels.quantized_rows(self._embedding, rows, self.dtype)
 
     def _add_up(self, x: Tensor, projection: Projection) -> Tensor:
         """A projection whose columns the ranks share; x: this rank's columns."""
@@ -202,6 +220,16 @@ class Decoder:
         )
         # A single rank's kernel rounds to float32 as well before it rounds to the dtype.
         return self._group.all_reduce(partial).to(torch.float32).to(self.dtype)
+
+
+def _read_table(
+    source: WeightSource, dtype: torch.dtype, shard: ModelShard, kernels: Kernels
+) -> Tensor | GroupQuantized:
+    """A rank's rows of the embedding, in integers where the kernels can look rows up in them."""
+    piece = Piece(name="model.embed_tokens.weight", rows=shard.vocab)
+    if kernels.quantized_rows is None or source.tensors[piece.name].groups is None:
+        return read_pieces(source, [piece], dtype)
+    return source.load_groups(piece.name, piece.rows)
 
 
 def _read_ahead(

@@ -32,6 +32,15 @@ class Fields:
         """Whether the key holds anything."""
         return self._values.get(self._prefix + key) is not None
 
+    def keys(self) -> tuple[str, ...]:
+        """The keys that hold something, without the prefix."""
+        start = len(self._prefix)
+        return tuple(
+            key[start:]
+            for key, value in self._values.items()
+            if key.startswith(self._prefix) and value is not None
+        )
+
     def positive_int(
         self, key: str, default: int = _MISSING, *, largest: int = LARGEST_COUNT
     ) -> int:
@@ -39,6 +48,12 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
             bound = "" if largest == LARGEST_COUNT else f" up to {largest}"
             raise self.wrong(key, f"a positive integer{bound}")
+        return value
+
+    def integer(self, key: str, default: int = _MISSING) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(key, "an integer")
         return value
 
     def positive_float(self, key: str, default: float = _MISSING) -> float:

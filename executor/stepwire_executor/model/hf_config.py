@@ -17,6 +17,7 @@ from stepwire_executor.model.config import (
     YarnScaling,
 )
 from stepwire_executor.model.fields import MAX_LAYERS, Fields
+from stepwire_executor.model.hf_quantization import CheckpointQuantization, read_quantization
 
 SUPPORTED_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -41,12 +42,6 @@ def read_hf_config(directory: Path) -> ModelConfig:
     generation = Fields(generation_values, file_name="generation_config.json")
 
     architecture = _architecture(config)
-    if config.has("quantization_config"):
-        method = config.child("quantization_config").string("quant_method", "unknown")
-        raise ModelLoadError(
-            f"config.json: quantization method {method!r} is not supported; "
-            "use the unquantised checkpoint or a GGUF file"
-        )
     activation = config.string("hidden_act", "silu")
     if activation != "silu":
         raise ModelLoadError(f"config.json: hidden_act {activation!r} is not supported, only silu")
@@ -87,6 +82,11 @@ def read_hf_config(directory: Path) -> ModelConfig:
         bos_token_id=bos[0] if bos else None,
         checkpoint_dtype=dtype if dtype in _DTYPES else None,
     )
+
+
+def read_hf_quantization(directory: Path) -> CheckpointQuantization | None:
+    """How the directory's weights are packed; None where they are not. Raises ModelLoadError."""
+    return read_quantization(Fields(_read_json(directory / "config.json"), file_name="config.json"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

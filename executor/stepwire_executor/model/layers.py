@@ -67,8 +67,6 @@ Weight = tuple[Tensor | GroupQuantized, ...]
 class HostLayer:
     """A rank's part of one layer's weights in CPU memory, fused but not yet packed."""
 
-    dtype: torch.dtype
-    """Of what is not in integers."""
     weights: dict[str, Weight]
     """Of projections, by the names of DecoderLayer's fields."""
     tensors: dict[str, Tensor]
@@ -126,19 +124,11 @@ def read_weight(source: WeightSource, pieces: Sequence[Piece], dtype: torch.dtyp
 
 
 def pack_weight(
-    weight: Weight,
-    kernels: Kernels,
-    device: torch.device,
-    dtype: torch.dtype,
-    sum_unit: int | None = None,
+    weight: Weight, kernels: Kernels, device: torch.device, sum_unit: int | None = None
 ) -> PackedWeight:
-    """Bring a weight to the device; parts of several kinds as dtype, in one."""
-    if len(weight) == 1:
-        return kernels.pack_weight(weight[0].to(device), sum_unit)
-    dense = [
-        part.dequantize().to(dtype) if isinstance(part, GroupQuantized) else part for part in weight
-    ]
-    return kernels.pack_weight(torch.cat(dense).to(device), sum_unit)
+    """Bring a weight to the device in the layout its kernels multiply fastest."""
+    parts = tuple(part.to(device) for part in weight)
+    return kernels.pack_weight(parts[0] if len(parts) == 1 else parts, sum_unit)
 
 
 def read_tensor(source: WeightSource, name: str, dtype: torch.dtype) -> Tensor:
@@ -179,7 +169,7 @@ def read_layer(
         bias = prefix + module + ".bias"
         if bias in source.tensors and shard.rank == 0:  # else the sum would hold it many times
             tensors[field + ".bias"] = read_tensor(source, bias, dtype)
-    return HostLayer(dtype=dtype, weights=weights, tensors=tensors)
+    return HostLayer(weights=weights, tensors=tensors)
 
 
 def pack_layer(
@@ -201,7 +191,7 @@ def pack_layer(
         return host.tensors[field].to(device)
 
     def projection(field: str) -> Projection:
-        weight = pack_weight(host.weights[field], kernels, device, host.dtype, sum_units.get(field))
+        weight = pack_weight(host.weights[field], kernels, device, sum_units.get(field))
         return Projection(weight=weight, bias=tensor(field + ".bias"))
 
     return DecoderLayer(

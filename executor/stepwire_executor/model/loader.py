@@ -17,13 +17,14 @@ from stepwire_executor.kv_cache import StaticScales
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.decoder import Decoder, ProgressCallback
 from stepwire_executor.model.gguf_config import read_gguf_config
-from stepwire_executor.model.hf_config import read_hf_config
+from stepwire_executor.model.hf_config import read_hf_config, read_hf_quantization
 from stepwire_executor.model.locate import find_gguf, find_shape
 from stepwire_executor.model.weights.dummy import DummyWeights
 from stepwire_executor.model.weights.expected import check_tensors
 from stepwire_executor.model.weights.gguf import GGUFWeights
 from stepwire_executor.model.weights.gguf_file import GGUFFile
 from stepwire_executor.model.weights.kv_scales import read_static_scales
+from stepwire_executor.model.weights.packed import PackedWeights
 from stepwire_executor.model.weights.quantization import (
     DEFAULT_GROUP_SIZE,
     GroupSize,
@@ -139,7 +140,15 @@ def open_checkpoint(
         config = read_hf_config(path)
         if load_format == "dummy":
             return config, DummyWeights(config)
-        return config, SafetensorsWeights(path)
+        quantization = read_hf_quantization(path)
+        if quantization is None:
+            return config, SafetensorsWeights(path)
+        files = SafetensorsWeights(path, has_integers=True)
+        try:
+            return config, PackedWeights(files, config, quantization)
+        except BaseException:
+            files.close()
+            raise
     file = GGUFFile(gguf_path)
     config = read_gguf_config(file)
     if load_format == "dummy":

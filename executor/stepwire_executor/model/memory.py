@@ -28,8 +28,8 @@ class MemoryPlan:
     num_parameters: int
     """Elements of the rank's part of the checkpoint; a tied table counts once."""
     weight_bytes: int
-    """As packed; on a CPU a tied table counts twice, for lookup and laid out as the head. So does
-    one that is in integers only as the head."""
+    """As packed; a tied table counts twice where lookup and head need it in two layouts: on a CPU
+    unless it is in integers, on a GPU if it is."""
     norm_bytes: int
     """The part of weight_bytes that is whole on every rank; a draft model is, all of it."""
     activation_bytes: int
@@ -124,16 +124,18 @@ def _weight_bytes(
     """Bytes of a rank's part as packed; config: the part's."""
     total = 0
     for name, shape in tensors.items():
-        is_table = name == "model.embed_tokens.weight"  # looked up in dtype
-        if name in groups and not is_table:
+        # A GPU looks tokens up in dtype.
+        if name in groups and not (is_gpu and name == "model.embed_tokens.weight"):
             total += groups[name].packed_bytes(*shape)
         else:
             total += math.prod(shape) * dtype.itemsize
     head = head_name(config)
-    if config.tie_word_embeddings and head in groups:
-        total += groups[head].packed_bytes(*tensors[head])
-    elif config.tie_word_embeddings and not is_gpu:
-        total += math.prod(tensors[head]) * dtype.itemsize
+    if config.tie_word_embeddings and (head in groups) == is_gpu:  # laid out once more
+        total += (
+            groups[head].packed_bytes(*tensors[head])
+            if is_gpu
+            else math.prod(tensors[head]) * dtype.itemsize
+        )
     return total
 
 

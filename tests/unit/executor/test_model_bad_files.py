@@ -213,7 +213,7 @@ def test_a_gguf_file_with_a_missing_or_misshapen_or_foreign_tensor_is_refused(
         ({"rope_parameters": {"rope_theta": 1}}, ["rope_theta must be above 1"]),
         ({"rope_parameters": "yarn"}, ["rope_parameters must be an object"]),
         ({"hidden_act": "gelu"}, ["'gelu'", "only silu"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["'gptq'", "GGUF"]),
+        ({"quantization_config": {"quant_method": "hqq"}}, ["'hqq'", "GGUF"]),
         ({"hidden_size": "32"}, ["hidden_size must be a positive integer, is '32'"]),
         ({"hidden_size": 0}, ["hidden_size must be a positive integer"]),
         ({"hidden_size": 1 << 40}, ["hidden_size must be a positive integer"]),

@@ -18,14 +18,19 @@ from stepwire_executor.model.weights.source import TensorInfo
 _SINGLE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_INTEGER_BYTES = {"I32": 4, "I64": 8}
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"  # old checkpoints store what config.json implies
 
 
 class SafetensorsWeights:
     """A WeightSource over the memory-mapped files of a directory."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open every file and read its header. Raises ModelLoadError."""
+    def __init__(self, directory: Path, *, has_integers: bool = False) -> None:
+        """Open every file and read its header. Raises ModelLoadError.
+
+        has_integers: whether the checkpoint packs weights in integers; else there must be none.
+        """
+        self._item_bytes = _ITEM_BYTES | (_INTEGER_BYTES if has_integers else {})
         self._stack = contextlib.ExitStack()
         self._slices: dict[str, Any] = {}
         tensors: dict[str, TensorInfo] = {}
@@ -63,12 +68,12 @@ class SafetensorsWeights:
             piece = file.get_slice(name)
             dtype = piece.get_dtype()
             shape = tuple(piece.get_shape())
-            if dtype not in _ITEM_BYTES:
+            if dtype not in self._item_bytes:
                 raise ModelLoadError(
                     f"{path.name}: tensor {name!r} has type {dtype}, which is not supported; "
                     f"use a checkpoint with only {', '.join(_ITEM_BYTES)}, or a GGUF file"
                 )
-            num_bytes = _ITEM_BYTES[dtype]
+            num_bytes = self._item_bytes[dtype]
             for size in shape:
                 num_bytes *= size
             self._slices[name] = piece
@@ -84,6 +89,16 @@ class SafetensorsWeights:
         else:
             last_column = first_column + out.shape[1]
             out.copy_(piece[first_row : first_row + len(out), first_column:last_column])
+
+    def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """A part of a tensor as stored; None is all."""
+        piece = self._slices[name]
+        kept = slice(None) if rows is None else slice(rows.start, rows.stop)
+        if columns is not None:
+            part: Tensor = piece[kept, columns.start : columns.stop]
+        else:
+            part = piece[kept]
+        return part
 
     def load_groups(self, name: str, rows: range, columns: range | None = None) -> GroupQuantized:
         """See WeightSource; there are no groups."""
