@@ -196,7 +196,7 @@ class PackedWeights:
                 raise self._missing(module, part)
         if in_features % GROUP_UNIT:
             raise ModelLoadError(
-                f"{module!r} packs rows of {in_features} inputs, but only multiples of {GROUP_UNIT} "
+                f"{module!r} packs rows of {in_features} inputs, but only whole {GROUP_UNIT} "
                 "are supported; use the unquantised checkpoint or a GGUF file"
             )
         has_order = f"{module}.{names.order}" in tensors
