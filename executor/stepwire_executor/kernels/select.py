@@ -117,6 +117,7 @@ def reference_kernels() -> Kernels:
         summand_dtype=torch.float32,
         sample=sample,
         quantized_rows=linear.quantized_rows,
+        quantized_bits=frozenset({4, 8}),
     )
 
 
@@ -135,4 +136,5 @@ def native_kernels(library: NativeLibrary) -> Kernels:
         summand_dtype=linear_cpu.SUMMAND_DTYPE,
         sample=make_sample(library),
         quantized_rows=make_quantized_rows(library),
+        quantized_bits=frozenset({4, 8}),
     )
