@@ -1,12 +1,13 @@
 """Linear layers over weights in integers, in torch: the arithmetic, step by step.
 
-A row's inputs are rounded 32 at a time, a block. It has eight steps of four inputs, of which the two
-with the largest magnitudes are wide (the first of equal ones): they do not count for the scale,
-base / 127, where base is the largest magnitude of the other steps, or 1 / 128 of the largest of
-all if that is more. Codes are the nearest integers to x * (127 / base), ties to even: at most 127,
-in a wide step 16256, for which a kernel multiplies two digits. A block whose largest magnitude is
-below 2 ** -100 counts as zero; one that is not finite has the scale NaN. With dot the sum over a block of products of codes, and
-sum that of x's codes, an output adds up its blocks in order, in float32:
+A row's inputs are rounded 32 at a time, a block. It has eight steps of four inputs, of which the
+two with the largest magnitudes are wide (the first of equal ones): they do not count for the
+scale, base / 127, where base is the largest magnitude of the other steps, or 1 / 128 of the
+largest of all if that is more. Codes are the nearest integers to x * (127 / base), ties to even:
+at most 127, in a wide step 16256, for which a kernel multiplies two digits. A block whose largest
+magnitude is below 2 ** -100 counts as zero; one that is not finite has the scale NaN. With dot the
+sum over a block of products of codes, and sum that of x's codes, an output adds up its blocks in
+order, in float32:
 
 - with zero points, scale * x_scale times dot - zero * sum, which is rounded to float32;
 - with minimums, scale * x_scale times dot, which is rounded, then the minimum times x_scale * sum;
@@ -56,7 +57,9 @@ def check_groups(weight: GroupQuantized) -> None:
 def quantize_rows(x: Tensor) -> QuantizedRows:
     """Round rows, [num_rows, in_features] with in_features a multiple of 32."""
     blocks = x.to(torch.float32).reshape(x.shape[0], x.shape[1] // BLOCK, BLOCK)
-    steps = blocks.abs().unflatten(2, (-1, _STEP)).amax(3)  # NaN where there is one
+    steps = (
+        blocks.abs().view(*blocks.shape[:2], BLOCK // _STEP, _STEP).amax(3)
+    )  # NaN where there is one
     amax = steps.amax(2)
     is_finite = torch.isfinite(amax)
     has_codes = is_finite & (amax >= _TINY)

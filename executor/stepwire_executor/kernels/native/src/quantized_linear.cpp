@@ -37,6 +37,9 @@ constexpr int MAX_ROWS = 6;
 #else
 constexpr int MAX_ROWS = 2;
 #endif
+// Of which so many are multiplied side by side: one row's sum waits for itself, and sums of more
+// would not fit in registers beside a block of codes.
+constexpr int TOGETHER = 2;
 // So few are quantised by each thread for itself, which takes less than a barrier.
 constexpr int64_t FEW_ROWS = 2;
 // Of quantised rows that are worked on together: half of a second-level cache of 1 MiB.
@@ -328,55 +331,66 @@ void multiply_rows(const Call& call, const Rows* x, int64_t first_row, int64_t o
   for (int64_t block = 0; block < call.num_blocks;) {
     const int64_t end = std::min(block + weight.chain_blocks, call.num_blocks);
     for (; block < end; ++block, ++x) {
-      Dot<BITS> dots[ROWS][V];
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) dots[r][v].start(KIND == ONE_ZERO ? x->starts[r] : 0);
-      vu unpacked[BITS == 8 ? 1 : STEPS][V];  // for steps that differ from row to row
+      vu w[STEPS][V];
       const uint8_t* block_codes = codes;
 #pragma GCC unroll 8
       for (int step = 0; step < STEPS; ++step) {
-        vu w[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          if (BITS == 8) {
-            w[v] = load_as<vu>(codes + v * W * DEPTH);
-          } else {
-            const vu both = load_as<vu>(codes + v * W * DEPTH);
-            w[v] = (step % 2 ? both >> 4 : both) & 0x0f0f0f0fu;
-            unpacked[BITS == 8 ? 0 : step][v] = w[v];
-          }
+          const vu both = load_as<vu>(codes + v * W * DEPTH);
+          w[step][v] = BITS == 8 ? both : (step % 2 ? both >> 4 : both) & 0x0f0f0f0fu;
         }
         if (BITS == 8 || step % 2) codes += STEP_BYTES;
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) dots[r][v].add(w[v], x->codes[step][r]);
       }
+      vf scale[V], minimum[V];
+      vi zero[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        const vf scale = load_scales(scales, weight.scale_dtype, lane + v);
-        vi zero;
-        vf minimum;
-        if (KIND == GROUP_ZEROS) zero = load_zeros(offsets, lane + v);
-        if (KIND == MINIMUMS) minimum = load_scales(offsets, weight.offset_dtype, lane + v);
+        scale[v] = load_scales(scales, weight.scale_dtype, lane + v);
+        if (KIND == GROUP_ZEROS) zero[v] = load_zeros(offsets, lane + v);
+        if (KIND == MINIMUMS) minimum[v] = load_scales(offsets, weight.offset_dtype, lane + v);
+      }
+      const auto* steps = BITS == 8 ? block_codes : reinterpret_cast<const uint8_t*>(w);
+      constexpr int64_t APART = BITS == 8 ? STEP_BYTES : V * W * DEPTH;
+#pragma GCC unroll 16
+      for (int first = 0; first < ROWS; first += TOGETHER) {
+        Dot<BITS> dots[TOGETHER][V], uppers[TOGETHER][V];
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-          Dot<BITS> upper;
-          upper.start(0);
+        for (int i = 0; i < TOGETHER; ++i)
+          if (first + i < ROWS)
 #pragma GCC unroll 2
-          for (int t = 0; t < WIDE; ++t) {
-            const int step = x->wide_steps[t][r];
-            upper.add(BITS == 8 ? load_as<vu>(block_codes + step * STEP_BYTES + v * W * DEPTH)
-                                : unpacked[BITS == 8 ? 0 : step][v],
-                      x->upper[t][r]);
-          }
-          vi dot = dots[r][v].total() + (upper.total() << DIGIT);
-          if (KIND == GROUP_ZEROS) dot -= zero * x->starts[r];
-          acc[r][v] = fma(scale * x->scales[r], to_float(dot), acc[r][v]);
-          if (KIND == MINIMUMS) acc[r][v] = fma(minimum, splat(x->sums[r]), acc[r][v]);
-        }
+            for (int v = 0; v < V; ++v) {
+              dots[i][v].start(KIND == ONE_ZERO ? x->starts[first + i] : 0);
+              uppers[i][v].start(0);
+            }
+#pragma GCC unroll 8
+        for (int step = 0; step < STEPS; ++step)
+#pragma GCC unroll 8
+          for (int i = 0; i < TOGETHER; ++i)
+            if (first + i < ROWS)
+#pragma GCC unroll 2
+              for (int v = 0; v < V; ++v) dots[i][v].add(w[step][v], x->codes[step][first + i]);
+#pragma GCC unroll 2
+        for (int t = 0; t < WIDE; ++t)
+#pragma GCC unroll 8
+          for (int i = 0; i < TOGETHER; ++i)
+            if (first + i < ROWS) {
+              const uint8_t* step = steps + x->wide_steps[t][first + i] * APART;
+#pragma GCC unroll 2
+              for (int v = 0; v < V; ++v)
+                uppers[i][v].add(load_as<vu>(step + v * W * DEPTH), x->upper[t][first + i]);
+            }
+#pragma GCC unroll 8
+        for (int i = 0; i < TOGETHER; ++i)
+          if (first + i < ROWS)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+              const int r = first + i;
+              vi total = dots[i][v].total() + (uppers[i][v].total() << DIGIT);
+              if (KIND == GROUP_ZEROS) total -= zero[v] * x->starts[r];
+              acc[r][v] = fma(scale[v] * x->scales[r], to_float(total), acc[r][v]);
+              if (KIND == MINIMUMS) acc[r][v] = fma(minimum[v], splat(x->sums[r]), acc[r][v]);
+            }
       }
       if (--left_of_group == 0) {
         left_of_group = group_blocks;
