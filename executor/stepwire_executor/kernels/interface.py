@@ -6,6 +6,7 @@ up later. Every operation has a folder beside this file with its torch reference
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepwire_executor.batch import StepBatch
-from stepwire_executor.kv_cache import KVPages
+from stepwire_executor.kv_cache import KVCache, KVPages
 
 
 class RMSNorm(Protocol):
@@ -132,6 +133,75 @@ class QuantizedRows(Protocol):
         ...
 
 
+class LinearOperands(Protocol):
+    """A linear layer, or several that share their input, stacked by outputs."""
+
+    @property
+    def weight(self) -> PackedWeight: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+class LayerOperands(Protocol):
+    """What one layer of a decoder needs besides its input; see `model.layers.DecoderLayer`."""
+
+    @property
+    def input_norm(self) -> Tensor: ...
+    @property
+    def qkv(self) -> LinearOperands: ...
+    @property
+    def query_norm(self) -> Tensor | None: ...
+    @property
+    def key_norm(self) -> Tensor | None: ...
+    @property
+    def attention_output(self) -> LinearOperands: ...
+    @property
+    def mlp_norm(self) -> Tensor: ...
+    @property
+    def gate_up(self) -> LinearOperands: ...
+    @property
+    def down(self) -> LinearOperands: ...
+    @property
+    def sliding_window(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderStack:
+    """The layers of a decoder between its embedding and its head."""
+
+    layers: Sequence[LayerOperands]
+    """In order, at least one."""
+    final_norm: Tensor
+    """[hidden_size]."""
+    cos_sin: Tensor
+    """[max_positions, rotary_dim] float32; see RopeAndWriteKV."""
+    dtype: torch.dtype
+    """Of activations."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    attention_scale: float
+    """Of scores."""
+
+
+class LayerProgram(Protocol):
+    def __call__(self, residual: Tensor, batch: StepBatch, cache: KVCache) -> Tensor:
+        """Run all layers: write every token's KV, return the logit rows' normalised states.
+
+        residual: [num_tokens, hidden_size] embeddings in the stack's dtype, overwritten. Returns
+        [num_logit_rows, hidden_size], the bits that the operations give one by one. Raises
+        ValueError, before anything is written, where the batch or the cache do not fit.
+        """
+        ...
+
+
+class MakeLayerProgram(Protocol):
+    def __call__(self, stack: DecoderStack) -> LayerProgram | None:
+        """Prepare a stack, whose tensors are kept; None where one by one is the only way."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingBatch:
     """How to sample each of num_rows rows of logits; tensors of the logits' device."""
@@ -197,3 +267,5 @@ class Kernels:
     sample: Sample
     quantized_rows: QuantizedRows | None = None
     """None where packed weights in integers cannot be read back."""
+    make_layer_program: MakeLayerProgram | None = None
+    """Where one call over all layers costs less than a call an operation."""

@@ -11,6 +11,7 @@ import structlog
 import torch
 
 from stepwire_executor.kernels.interface import Kernels
+from stepwire_executor.kernels.layer_program.cpu import make_layer_programs
 from stepwire_executor.kernels.linear import cpu as linear_cpu
 from stepwire_executor.kernels.linear import reference as linear
 from stepwire_executor.kernels.linear.quantized_cpu import make_quantized_rows
@@ -137,4 +138,5 @@ def native_kernels(library: NativeLibrary) -> Kernels:
         sample=make_sample(library),
         quantized_rows=make_quantized_rows(library),
         quantized_bits=frozenset({4, 8}),
+        make_layer_program=make_layer_programs(library),
     )

@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepwire_executor.batch import StepBatch
-from stepwire_executor.kernels.interface import Kernels, PackedWeight
+from stepwire_executor.kernels.interface import (
+    DecoderStack,
+    Kernels,
+    LayerProgram,
+    PackedWeight,
+)
 from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
 from stepwire_executor.kv_cache import KVCache
 from stepwire_executor.model.config import ModelConfig
@@ -101,6 +106,7 @@ class Decoder:
             table.to(device) if isinstance(table, Tensor) else kernels.pack_weight(table.to(device))
         )
         self._head = self._pack_head(source, device)
+        self._program = self._make_program()
         on_progress("pack weights", 1.0)
 
     def _pack_head(self, source: WeightSource, device: torch.device) -> PackedWeight:
@@ -157,6 +163,8 @@ class Decoder:
 
         Returns [num_logit_rows, hidden_size] in the model's dtype.
         """
+        if self._program is not None:
+            return self._program(self._embed(batch.token_ids), batch, cache)
         kernels = self._kernels
         rms_norm, linear, silu_and_mul = kernels.rms_norm, kernels.linear, kernels.silu_and_mul
         rope_and_write_kv, attend = kernels.rope_and_write_kv, kernels.paged_attention
@@ -193,6 +201,24 @@ class Decoder:
             hidden = self._add_up(silu_and_mul(gate_up), layer.down)
         assert hidden is not None, "a model has layers"
         return rms_norm(hidden, self._final_norm, eps, residual)
+
+    def _make_program(self) -> LayerProgram | None:
+        """All layers in one call, where the kernels have one and no rank waits in between."""
+        if self._group.world_size > 1 or self._kernels.make_layer_program is None:
+            return None
+        return self._kernels.make_layer_program(
+            DecoderStack(
+                layers=self._layers,
+                final_norm=self._final_norm,
+                cos_sin=self._cos_sin,
+                dtype=self.dtype,
+                num_heads=self.config.num_heads,
+                num_kv_heads=self.config.num_kv_heads,
+                head_dim=self.config.head_dim,
+                rms_norm_eps=self.config.rms_norm_eps,
+                attention_scale=self._attention_scale,
+            )
+        )
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """Rows of the embedding, [num_tokens, hidden_size]: of other ranks' rows, their sum."""

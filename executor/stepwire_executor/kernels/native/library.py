@@ -40,6 +40,8 @@ _SIGNATURES: dict[str, tuple[type[ctypes.c_int64] | None, str]] = {
     "stepwire_silu_and_mul": (None, "pii p iii"),
     "stepwire_rope_and_write_kv": (_INT, "pii pii pii i pii pp ppppp iii iiiii fff i"),
     "stepwire_paged_attention": (_INT, "piii pppp ii pppi p iiiii f i ff i"),
+    "stepwire_run_layers": (_INT, "ppp"),
+    "stepwire_layer_struct_bytes": (_INT, "i"),
     "stepwire_sample": (None, "piii pppp ppp pp i"),
     "stepwire_gumbel_noise": (None, "iiii pp"),
     "stepwire_shared_bytes": (_INT, "ii"),
@@ -51,7 +53,7 @@ Function = Callable[..., int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeLibrary:
-    """Functions of the compiled library; every kernel ends with the number of threads."""
+    """Functions of the compiled library; every operation ends with the number of threads."""
 
     features: str
     """Widest instructions in use: "avx512_bf16", "avx512" or "avx2"."""
@@ -66,6 +68,10 @@ class NativeLibrary:
     silu_and_mul: Function
     rope_and_write_kv: Function
     paged_attention: Function
+    run_layers: Function
+    """Of addresses of structures; see src/layer_program.h."""
+    layer_struct_bytes: Function
+    """Of the structures' places in layer_program/structures.py."""
     sample: Function
     gumbel_noise: Function
     shared_bytes: Function

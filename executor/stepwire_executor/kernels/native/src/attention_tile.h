@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "paged_attention.h"
 #include "transpose.h"
 #include "vec.h"
 
@@ -15,39 +16,8 @@ namespace {
 constexpr int TILE = 64;
 constexpr int SCORE_VECTORS = 4;
 
-struct Call {
-  const void* query;
-  int64_t query_strides[2];  // token, head
-  const void* key_pages;
-  const void* value_pages;
-  const bf16* key_scales;
-  const bf16* value_scales;
-  const int32_t* cu_seqlens_q;
-  const int32_t* seq_lens;
-  const int32_t* block_table;
-  int64_t block_table_stride;
-  void* out;
-  int64_t num_seqs, num_heads, num_kv_heads, head_dim, block_size;
-  float scale;
-  int64_t window;   // 0: unlimited
-  float softcap;    // 0: none
-  float value_factor;
-  int num_threads;
-
-  int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t padded_dim() const { return (head_dim + W - 1) / W * W; }
-};
-
-// Query tokens [first, first + count) of a sequence, for one KV head.
-struct Task {
-  int64_t seq, kv_head, first, count;
-  int64_t position;  // of the first token
-
-  int64_t end() const { return position + count; }
-  int64_t begin(const Call& call) const {
-    return call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
-  }
-};
+using Call = AttentionCall;
+using Task = AttentionTask;
 
 // The softmax of part of a row's context: value = weighted / total, relative to maximum.
 struct Partial {

@@ -8,9 +8,10 @@
 // Ranks that share k each compute some of the chains. float64 adds up float32 sums without an
 // error unless they lie some 2^26 apart, so the order does not show once the total is rounded.
 
+#include "linear.h"
+
 #include <algorithm>
 
-#include "parallel.h"
 #include "vec.h"
 
 namespace stepwire {
@@ -86,7 +87,7 @@ struct Call {
   const void* bias;
   int64_t bias_dtype;
   void* out;
-  int64_t out_dtype;
+  int64_t out_stride, out_dtype;
   int64_t num_rows, num_steps, num_outputs;
   int64_t chain_steps;
 };
@@ -154,7 +155,7 @@ void multiply_rows(const Call& call, const typename Kind::Weight* panel, int64_t
   }
   const int64_t n = std::min<int64_t>(PANEL, call.num_outputs - first_output);
   for (int r = 0; r < ROWS; ++r) {
-    const int64_t offset = (row + r) * call.num_outputs + first_output;
+    const int64_t offset = (row + r) * call.out_stride + first_output;
     if (call.out_dtype == F64) {
       store_panel(static_cast<double*>(call.out) + offset, totals[r], n);
       continue;
@@ -185,10 +186,10 @@ void multiply_at_most(int64_t rows, const Call& call, const typename Kind::Weigh
 }
 
 template <class Kind>
-void run(const Call& call, int num_threads) {
+void run(const Call& call) {
   const int64_t num_panels = (call.num_outputs + PANEL - 1) / PANEL;
   const int64_t num_tasks = (call.num_rows + ROWS_A_TASK - 1) / ROWS_A_TASK;
-#pragma omp parallel for collapse(2) num_threads(num_threads) schedule(static)
+#pragma omp for collapse(2) schedule(static)
   for (int64_t index = 0; index < num_panels; ++index) {
     for (int64_t task = 0; task < num_tasks; ++task) {
       const auto* panel = static_cast<const typename Kind::Weight*>(call.weight) +
@@ -210,36 +211,41 @@ void run(const Call& call, int num_threads) {
 }
 
 }  // namespace
-}  // namespace stepwire
 
-// Whether rows for bf16 weights are passed as bf16 (1) or widened to float32 (0).
-extern "C" int64_t stepwire_linear_takes_bf16() {
+bool linear_takes_bf16() {
 #if defined(STEPWIRE_AVX512) && defined(__AVX512BF16__)
-  return 1;
+  return true;
 #else
-  return 0;
+  return false;
 #endif
 }
 
-// out[row][n] = sum over k of x[row][k] weight[n][k], plus bias[n].
-// x: bf16 where stepwire_linear_takes_bf16 and the weight is bf16, else float32; its rows are
-// x_stride elements apart and hold num_steps * (2 if the weight is bf16 else 1) values.
-// weight: [panels][num_steps][32][2 if bf16 else 1], zero-padded. out: contiguous, float64 too.
-// chain_steps: steps that are summed in float32; such sums and the bias are then added in float64.
-extern "C" void stepwire_linear(const void* x, int64_t x_stride, const void* weight,
+void multiply(const DenseWeight& weight, const void* x, int64_t x_stride, const void* bias,
+              int64_t bias_dtype, void* out, int64_t out_stride, int64_t out_dtype,
+              int64_t num_rows) {
+  const Call call{x,         x_stride, weight.values,    bias,                bias_dtype,        out, out_stride,
+                  out_dtype, num_rows, weight.num_steps, weight.out_features, weight.chain_steps};
+  switch (weight.dtype) {
+    case F32: run<Float32>(call); break;
+    case F16: run<Float16>(call); break;
+#if defined(STEPWIRE_AVX512) && defined(__AVX512BF16__)
+    case BF16: run<Bfloat16Dot>(call); break;
+#else
+    case BF16: run<Bfloat16Wide>(call); break;
+#endif
+  }
+}
+
+}  // namespace stepwire
+
+extern "C" int64_t stepwire_linear_takes_bf16() { return stepwire::linear_takes_bf16(); }
+
+// As multiply, with a team of num_threads; out is contiguous, float64 too.
+extern "C" void stepwire_linear(const void* x, int64_t x_stride, const void* values,
                                 int64_t weight_dtype, const void* bias, int64_t bias_dtype,
                                 void* out, int64_t out_dtype, int64_t num_rows, int64_t num_steps,
                                 int64_t num_outputs, int64_t chain_steps, int64_t num_threads) {
-  using namespace stepwire;
-  const Call call{x,   x_stride,  weight,   bias,      bias_dtype,
-                  out, out_dtype, num_rows, num_steps, num_outputs, chain_steps};
-  switch (weight_dtype) {
-    case F32: run<Float32>(call, num_threads); break;
-    case F16: run<Float16>(call, num_threads); break;
-#if defined(STEPWIRE_AVX512) && defined(__AVX512BF16__)
-    case BF16: run<Bfloat16Dot>(call, num_threads); break;
-#else
-    case BF16: run<Bfloat16Wide>(call, num_threads); break;
-#endif
-  }
+  const stepwire::DenseWeight weight{values, weight_dtype, num_steps, num_outputs, chain_steps};
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  stepwire::multiply(weight, x, x_stride, bias, bias_dtype, out, num_outputs, out_dtype, num_rows);
 }

@@ -4,12 +4,12 @@
 // a row's arithmetic inside a tile depends on the row's position only. So its bits do not depend
 // on how its sequence was cut into chunks, on other rows, on where blocks lie, or on threads.
 
+#include "paged_attention.h"
+
 #include <algorithm>
-#include <vector>
 
 #include "attention_tile.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace stepwire {
 namespace {
@@ -90,66 +90,97 @@ struct Workspace {
   }
 };
 
-// Longest first, since tasks late in a sequence see more context.
-std::vector<Task> list_tasks(const Call& call) {
-  const int64_t tokens = std::max<int64_t>(1, QUERY_ROWS / call.group());
-  std::vector<Task> tasks;
-  for (int64_t seq = 0; seq < call.num_seqs; ++seq) {
-    const int64_t count = call.cu_seqlens_q[seq + 1] - call.cu_seqlens_q[seq];
-    for (int64_t first = 0; first < count; first += tokens)
-      for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)
-        tasks.push_back({seq, kv_head, first, std::min(tokens, count - first),
-                         call.seq_lens[seq] - count + first});
-  }
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const Task& a, const Task& b) { return a.end() > b.end(); });
-  return tasks;
-}
-
-int64_t max_rows(const std::vector<Task>& tasks, int64_t group) {
-  int64_t rows = 0;
-  for (const Task& task : tasks) rows = std::max(rows, task.count * group);
-  return rows;
+int64_t part_size(int64_t rows, int64_t dim) {
+  return (Partial::size(rows, dim) + W - 1) / W * W;
 }
 
 // One thread takes a task through all its splits.
 template <class T, class Page>
-void attend_tasks(const Call& call, const std::vector<Task>& tasks) {
-  const int64_t dim = call.padded_dim(), num_tasks = tasks.size();
-  const int64_t rows = max_rows(tasks, call.group());
-#pragma omp parallel num_threads(call.num_threads)
-  {
-    static thread_local Scratch scratch;
-    const Workspace work = Workspace::get(scratch, rows, dim);
+void attend_tasks(const Call& call, const AttentionPlan& plan, const Workspace& work) {
+  const int64_t dim = call.padded_dim(), num_tasks = plan.tasks.size();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t index = 0; index < num_tasks; ++index) {
-      const Task& task = tasks[index];
-      const int64_t task_rows = task.count * call.group();
-      load_query<T>(call, task, work.query);
-      work.whole.clear(task_rows, dim);
-      for (int64_t start = task.begin(call) / SPLIT * SPLIT; start < task.end();
-           start += SPLIT) {
-        work.part.clear(task_rows, dim);
-        attend_split<Page>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
-                           work.tile, work.part);
-        merge(work.whole, work.part, task_rows, dim);
-      }
-      store_out<T>(call, task, work.whole);
+  for (int64_t index = 0; index < num_tasks; ++index) {
+    const Task& task = plan.tasks[index];
+    const int64_t rows = task.count * call.group();
+    load_query<T>(call, task, work.query);
+    work.whole.clear(rows, dim);
+    for (int64_t start = task.begin(call) / SPLIT * SPLIT; start < task.end(); start += SPLIT) {
+      work.part.clear(rows, dim);
+      attend_split<Page>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
+                         work.tile, work.part);
+      merge(work.whole, work.part, rows, dim);
     }
+    store_out<T>(call, task, work.whole);
   }
 }
 
 // Threads share the splits of few tasks; merged in the same order as above.
 template <class T, class Page>
-void attend_splits(const Call& call, const std::vector<Task>& tasks) {
-  const int64_t dim = call.padded_dim(), num_tasks = tasks.size();
-  const int64_t rows = max_rows(tasks, call.group());
-  const int64_t part_size = (Partial::size(rows, dim) + W - 1) / W * W;
-  struct Item {
-    int64_t task, start;
-  };
-  std::vector<Item> items;
-  std::vector<int64_t> first_item;
+void attend_splits(const Call& call, const AttentionPlan& plan, const Workspace& work,
+                   float* parts) {
+  const int64_t dim = call.padded_dim(), size = part_size(plan.rows, dim);
+  const int64_t num_tasks = plan.tasks.size(), num_items = plan.items.size();
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t index = 0; index < num_items; ++index) {
+    const Task& task = plan.tasks[plan.items[index].task];
+    const int64_t start = plan.items[index].start, rows = task.count * call.group();
+    const Partial part = Partial::at(parts + index * size, rows, dim);
+    load_query<T>(call, task, work.query);
+    part.clear(rows, dim);
+    attend_split<Page>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
+                       work.tile, part);
+  }
+#pragma omp for schedule(static)
+  for (int64_t index = 0; index < num_tasks; ++index) {
+    const int64_t rows = plan.tasks[index].count * call.group();
+    work.whole.clear(rows, dim);
+    for (int64_t item = plan.first_item[index]; item < plan.first_item[index + 1]; ++item)
+      merge(work.whole, Partial::at(parts + item * size, rows, dim), rows, dim);
+    store_out<T>(call, plan.tasks[index], work.whole);
+  }
+}
+
+template <class T, class Page>
+void attend_pages(const Call& call, const AttentionPlan& plan, float* memory) {
+  static thread_local Scratch scratch;
+  const Workspace work = Workspace::get(scratch, plan.rows, call.padded_dim());
+  if (plan.first_item.empty())
+    attend_tasks<T, Page>(call, plan, work);
+  else
+    attend_splits<T, Page>(call, plan, work, memory);
+}
+
+template <class T>
+void dispatch_pages(const Call& call, const AttentionPlan& plan, float* memory) {
+  switch (call.page_dtype) {
+    case F32: return attend_pages<T, float>(call, plan, memory);
+    case BF16: return attend_pages<T, bf16>(call, plan, memory);
+    case F16: return attend_pages<T, f16>(call, plan, memory);
+    case E4M3: return attend_pages<T, e4m3>(call, plan, memory);
+  }
+}
+
+}  // namespace
+
+AttentionPlan::AttentionPlan(const AttentionCall& call, int64_t num_threads)
+    : rows(0), num_floats(0) {
+  const int64_t group = call.group(), tokens = std::max<int64_t>(1, QUERY_ROWS / group);
+  for (int64_t seq = 0; seq < call.num_seqs; ++seq) {
+    const int64_t count = call.cu_seqlens_q[seq + 1] - call.cu_seqlens_q[seq];
+    for (int64_t first = 0; first < count; first += tokens)
+      for (int64_t kv_head = 0; kv_head < call.num_kv_heads; ++kv_head) {
+        const int64_t taken = std::min(tokens, count - first);
+        tasks.push_back({seq, kv_head, first, taken, call.seq_lens[seq] - count + first});
+        rows = std::max(rows, taken * group);
+      }
+  }
+  // Longest first, since tasks late in a sequence see more context.
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.end() > b.end(); });
+  const int64_t num_tasks = tasks.size();
+  if (!num_tasks || num_threads == 1 || num_tasks >= 4 * num_threads ||
+      tasks.front().end() - tasks.front().begin(call) <= SPLIT)
+    return;
   for (int64_t index = 0; index < num_tasks; ++index) {
     first_item.push_back(items.size());
     for (int64_t start = tasks[index].begin(call) / SPLIT * SPLIT; start < tasks[index].end();
@@ -157,58 +188,10 @@ void attend_splits(const Call& call, const std::vector<Task>& tasks) {
       items.push_back({index, start});
   }
   first_item.push_back(items.size());
-  const int64_t num_items = items.size();
-  static thread_local Scratch shared;
-  float* parts = shared.get<float>(num_items * part_size);
-#pragma omp parallel num_threads(call.num_threads)
-  {
-    static thread_local Scratch scratch;
-    const Workspace work = Workspace::get(scratch, rows, dim);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t index = 0; index < num_items; ++index) {
-      const Task& task = tasks[items[index].task];
-      const int64_t start = items[index].start, task_rows = task.count * call.group();
-      const Partial part = Partial::at(parts + index * part_size, task_rows, dim);
-      load_query<T>(call, task, work.query);
-      part.clear(task_rows, dim);
-      attend_split<Page>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
-                         work.tile, part);
-    }
-#pragma omp for schedule(static)
-    for (int64_t index = 0; index < num_tasks; ++index) {
-      const int64_t task_rows = tasks[index].count * call.group();
-      work.whole.clear(task_rows, dim);
-      for (int64_t item = first_item[index]; item < first_item[index + 1]; ++item)
-        merge(work.whole, Partial::at(parts + item * part_size, task_rows, dim), task_rows, dim);
-      store_out<T>(call, tasks[index], work.whole);
-    }
-  }
+  num_floats = items.size() * part_size(rows, call.padded_dim());
 }
 
-template <class T, class Page>
-void attend(const Call& call) {
-  const std::vector<Task> tasks = list_tasks(call);
-  if (tasks.empty()) return;
-  const bool is_long = tasks.front().end() - tasks.front().begin(call) > SPLIT;
-  if (is_long && call.num_threads > 1 &&
-      static_cast<int64_t>(tasks.size()) < 4 * call.num_threads)
-    attend_splits<T, Page>(call, tasks);
-  else
-    attend_tasks<T, Page>(call, tasks);
-}
-
-template <class T>
-void dispatch_pages(const Call& call, int64_t page_dtype) {
-  switch (page_dtype) {
-    case F32: return attend<T, float>(call);
-    case BF16: return attend<T, bf16>(call);
-    case F16: return attend<T, f16>(call);
-    case E4M3: return attend<T, e4m3>(call);
-  }
-}
-
-// Whether every block that will be read exists.
-bool has_blocks(const Call& call, int64_t num_blocks) {
+bool has_blocks(const AttentionCall& call) {
   for (int64_t seq = 0; seq < call.num_seqs; ++seq) {
     const int64_t count = call.cu_seqlens_q[seq + 1] - call.cu_seqlens_q[seq];
     if (count == 0) continue;
@@ -218,19 +201,24 @@ bool has_blocks(const Call& call, int64_t num_blocks) {
     const Task whole{seq, 0, 0, count, end - count};
     for (int64_t i = whole.begin(call) / call.block_size; i < needed; ++i) {
       const int64_t block = call.block_table[seq * call.block_table_stride + i];
-      if (block < 0 || block >= num_blocks) return false;
+      if (block < 0 || block >= call.num_blocks) return false;
     }
   }
   return true;
 }
 
-}  // namespace
+void attend(const AttentionCall& call, const AttentionPlan& plan, float* memory) {
+  switch (call.dtype) {
+    case F32: return dispatch_pages<float>(call, plan, memory);
+    case BF16: return dispatch_pages<bf16>(call, plan, memory);
+    case F16: return dispatch_pages<f16>(call, plan, memory);
+  }
+}
+
 }  // namespace stepwire
 
-// Strides are in elements; block_table rows are block_table_stride entries long; scales are null
-// unless pages are e4m3 with a scale a token; value_factor multiplies the result; window and
-// softcap of 0 are off. Returns 0, or 1 if a sequence needs a
-// block that its row of the table lacks; nothing is written then.
+// block_table rows are block_table_stride entries long. Returns 0, or 1 if a sequence needs a block
+// that its row of the table lacks; nothing is written then.
 extern "C" int64_t stepwire_paged_attention(
     const void* query, int64_t query_token_stride, int64_t query_head_stride, int64_t dtype,
     const void* key_pages, const void* value_pages, const void* key_scales,
@@ -240,32 +228,35 @@ extern "C" int64_t stepwire_paged_attention(
     int64_t num_kv_heads, int64_t head_dim, int64_t block_size, float scale, int64_t window,
     float softcap, float value_factor, int64_t num_threads) {
   using namespace stepwire;
-  const Call call{query,
-                  {query_token_stride, query_head_stride},
-                  key_pages,
-                  value_pages,
-                  static_cast<const bf16*>(key_scales),
-                  static_cast<const bf16*>(value_scales),
-                  cu_seqlens_q,
-                  seq_lens,
-                  block_table,
-                  block_table_stride,
-                  out,
-                  num_seqs,
-                  num_heads,
-                  num_kv_heads,
-                  head_dim,
-                  block_size,
-                  scale,
-                  window,
-                  softcap,
-                  value_factor,
-                  static_cast<int>(num_threads)};
-  if (!has_blocks(call, num_blocks)) return 1;
-  switch (dtype) {
-    case F32: dispatch_pages<float>(call, page_dtype); break;
-    case BF16: dispatch_pages<bf16>(call, page_dtype); break;
-    case F16: dispatch_pages<f16>(call, page_dtype); break;
-  }
+  const AttentionCall call{query,
+                           {query_token_stride, query_head_stride},
+                           dtype,
+                           key_pages,
+                           value_pages,
+                           static_cast<const bf16*>(key_scales),
+                           static_cast<const bf16*>(value_scales),
+                           page_dtype,
+                           num_blocks,
+                           cu_seqlens_q,
+                           seq_lens,
+                           block_table,
+                           block_table_stride,
+                           out,
+                           num_seqs,
+                           num_heads,
+                           num_kv_heads,
+                           head_dim,
+                           block_size,
+                           scale,
+                           window,
+                           softcap,
+                           value_factor};
+  if (!has_blocks(call)) return 1;
+  const AttentionPlan plan(call, num_threads);
+  if (plan.tasks.empty()) return 0;
+  static thread_local Scratch scratch;
+  float* memory = scratch.get<float>(plan.num_floats);
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  attend(call, plan, memory);
   return 0;
 }
