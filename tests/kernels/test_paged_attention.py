@@ -333,11 +333,24 @@ def test_a_row_has_the_same_bits_with_any_number_of_threads(rows: Rows) -> None:
         assert torch.equal(rows.attend(chunks[:1])[0], expected[0])
 
 
-def test_the_future_of_a_sequence_cannot_reach_a_row(rows: Rows) -> None:
-    expected = rows.attend([(4, 0, 100)])[0]
-    rows.keys[4][100:] = torch.nan
-    rows.values[4][100:] = torch.nan
-    assert torch.equal(rows.attend([(4, 0, 200)])[0][:100], expected)
+@pytest.mark.parametrize("seen", [99, 100])
+def test_the_future_of_a_sequence_cannot_reach_a_row(rows: Rows, seen: int) -> None:
+    expected = rows.attend([(4, 0, seen)])[0]
+    rows.keys[4][seen:] = torch.nan
+    rows.values[4][seen:] = torch.nan
+    assert torch.equal(rows.attend([(4, 0, 200)])[0][:seen], expected)
+
+
+@pytest.mark.parametrize("window", [20, 21])
+def test_what_a_window_hides_cannot_reach_a_row(rows: Rows, window: int) -> None:
+    """Tokens are multiplied in pairs by some CPUs: a window may begin and end inside one."""
+    for first, last in ((150, 151), (151, 152), (150, 200)):
+        expected = rows.attend([(4, first, last)], window=window)[0]
+        keys, values = rows.keys[4].clone(), rows.values[4].clone()
+        rows.keys[4][: first + 1 - window] = torch.nan
+        rows.values[4][: first + 1 - window] = torch.nan
+        assert torch.equal(rows.attend([(4, first, last)], window=window)[0], expected)
+        rows.keys[4], rows.values[4] = keys, values
 
 
 def test_a_table_that_lacks_a_block_is_refused(native: Kernels) -> None:

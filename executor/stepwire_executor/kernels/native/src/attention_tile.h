@@ -94,12 +94,11 @@ inline void load_square(const Call& call, const int64_t* vectors, int64_t count,
   for (int i = 0; i < W; ++i) store(keys + (d + i) * TILE, rows[i]);
 }
 
-template <class Page>
-void load_tile(const Call& call, const Task& task, int64_t start, const Tile& tile) {
-  const int64_t dim = call.padded_dim();
+// Where the keys and values of a tile's tokens lie, in units of head_dim; returns how many there
+// are up to the task's end.
+int64_t find_vectors(const Call& call, const Task& task, int64_t start, int64_t vectors[TILE]) {
   const int64_t count = std::min<int64_t>(TILE, task.end() - start);
   const int32_t* blocks = call.block_table + task.seq * call.block_table_stride;
-  int64_t vectors[TILE];  // where each token's key and value lie, in units of head_dim
   int64_t block = start / call.block_size, offset = start % call.block_size;
   for (int64_t t = 0; t < count; ++t) {
     vectors[t] = (blocks[block] * call.num_kv_heads + task.kv_head) * call.block_size + offset;
@@ -108,6 +107,14 @@ void load_tile(const Call& call, const Task& task, int64_t start, const Tile& ti
       ++block;
     }
   }
+  return count;
+}
+
+template <class Page>
+void load_tile(const Call& call, const Task& task, int64_t start, const Tile& tile) {
+  const int64_t dim = call.padded_dim();
+  int64_t vectors[TILE];
+  const int64_t count = find_vectors(call, task, start, vectors);
   for (int64_t t = 0; t < count; t += W) {
     for (int64_t d = 0; d < dim; d += W) {
       const int64_t width = std::min<int64_t>(W, call.head_dim - d);
@@ -143,21 +150,22 @@ void score(const Call& call, const float* query, int64_t query_stride, const Til
   }
 }
 
-// Turns scores of tokens [low, high) of a tile into softmax weights, 0 elsewhere; returns how
-// much what was accumulated before must shrink.
+// Turns scores of tokens [low, high) of a tile, times factor, into softmax weights; 0 beside them,
+// up to the next multiples of 2 W. Returns how much what was accumulated before must shrink.
 float softmax_tile(const Call& call, int64_t low, int64_t high, float* scores, float& maximum,
-                   float& total) {
+                   float& total, float factor) {
   vi lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
+  const int64_t first = low / (2 * W) * (2 * W), last = (high + 2 * W - 1) / (2 * W) * (2 * W);
   vf best = splat(-INF);
-  for (int t = 0; t < TILE; t += W) {
-    vf s = load(scores + t);
+  for (int64_t t = first; t < last; t += W) {
+    vf s = load(scores + t) * factor;
     if (call.softcap != 0.0f) {
       // tanh(x) = 1 - 2 / (e^(2x) + 1)
       const vf doubled = s * (2.0f / call.softcap);
       s = call.softcap - 2.0f * call.softcap / (exp(doubled) + 1.0f);
     }
-    const vi token = lane + t;
+    const vi token = lane + static_cast<int>(t);
     s = (token >= static_cast<int>(low)) & (token < static_cast<int>(high)) ? s : splat(-INF);
     store(scores + t, s);
     best = max(best, s);
@@ -165,7 +173,7 @@ float softmax_tile(const Call& call, int64_t low, int64_t high, float* scores, f
   const float new_maximum = std::max(maximum, largest(best));
   const float shrink = exp(maximum - new_maximum);
   vf sums = {};
-  for (int t = 0; t < TILE; t += W) {
+  for (int64_t t = first; t < last; t += W) {
     const vf weight = exp(load(scores + t) - new_maximum);
     store(scores + t, weight);
     sums += weight;
@@ -207,7 +215,7 @@ void attend_tile(const Call& call, const float* query, const Tile& tile, int64_t
   score<ROWS>(call, query + row * dim, dim, tile, high, scores);
   for (int r = 0; r < ROWS; ++r)
     shrink[r] = softmax_tile(call, low, high, scores + r * TILE, part.maximum[row + r],
-                             part.total[row + r]);
+                             part.total[row + r], 1.0f);
   float* weighted = part.weighted + row * dim;
   int64_t d = 0;
   for (; d + 4 * W <= dim; d += 4 * W)
@@ -215,6 +223,33 @@ void attend_tile(const Call& call, const float* query, const Tile& tile, int64_t
   for (; d < dim; d += W)
     accumulate<ROWS, 1>(scores, shrink, low, high, tile.values + d, dim, weighted + d);
 }
+
+// How pages of any dtype are met: everything is widened to float32 first.
+template <class T, class Page>
+struct Wide {
+  using Row = float;
+  using Query = T;
+  using Tile = stepwire::Tile;
+
+  static int64_t dim(const Call& call) { return call.padded_dim(); }
+  static int64_t row_size(const Call& call) { return dim(call); }
+  static int64_t tile_floats(int64_t dim) { return 2 * TILE * dim; }
+  static Tile tile(float* memory, int64_t dim) { return {memory, memory + TILE * dim}; }
+
+  static void load_query(const Call& call, const T* from, float* to) {
+    for_vectors(call.head_dim, [&](int64_t, auto get, auto put) {
+      put(to, get(from) * call.scale);
+    });
+  }
+  static void load_tile(const Call& call, const Task& task, int64_t start, const Tile& tile) {
+    stepwire::load_tile<Page>(call, task, start, tile);
+  }
+  template <int ROWS>
+  static void attend_tile(const Call& call, const float* query, const Tile& tile, int64_t low,
+                          int64_t high, const Partial& part, int64_t row) {
+    stepwire::attend_tile<ROWS>(call, query, tile, low, high, part, row);
+  }
+};
 
 }  // namespace
 }  // namespace stepwire

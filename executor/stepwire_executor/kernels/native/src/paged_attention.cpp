@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "attention_dot.h"
 #include "attention_tile.h"
 #include "parallel.h"
 
@@ -17,55 +18,95 @@ namespace {
 constexpr int SPLIT = 512;
 constexpr int QUERY_ROWS = 48;  // rows that share a tile: query tokens times heads of a group
 
+// Tokens [low, high) of the tile at `first` that the query token at a position sees.
+struct Seen {
+  int64_t low, high;
+
+  Seen(const Call& call, int64_t position, int64_t first)
+      : low(call.window ? std::max<int64_t>(0, position - call.window + 1 - first) : 0),
+        high(std::min<int64_t>(TILE, position + 1 - first)) {}
+};
+
 // All rows of a task meet the tiles of context [start, stop).
-template <class Page>
-void attend_split(const Call& call, const Task& task, const float* query, int64_t start,
-                  int64_t stop, const Tile& tile, const Partial& part) {
+template <class Kind>
+void attend_split_by_tiles(const Call& call, const Task& task, const typename Kind::Row* query,
+                           int64_t start, int64_t stop, const typename Kind::Tile& tile,
+                           const Partial& part) {
   const int64_t group = call.group();
   for (int64_t first = start; first < stop; first += TILE) {
     if (first + TILE <= task.begin(call)) continue;
-    load_tile<Page>(call, task, first, tile);
+    Kind::load_tile(call, task, first, tile);
     for (int64_t token = 0; token < task.count; ++token) {
-      const int64_t position = task.position + token;
-      const int64_t high = std::min<int64_t>(TILE, position + 1 - first);
-      const int64_t low =
-          call.window ? std::max<int64_t>(0, position - call.window + 1 - first) : 0;
-      if (low >= high) continue;
+      const Seen seen(call, task.position + token, first);
+      if (seen.low >= seen.high) continue;
       int64_t head = 0;
       for (; head + 3 <= group; head += 3)
-        attend_tile<3>(call, query, tile, low, high, part, token * group + head);
+        Kind::template attend_tile<3>(call, query, tile, seen.low, seen.high, part,
+                                      token * group + head);
       for (; head < group; ++head)
-        attend_tile<1>(call, query, tile, low, high, part, token * group + head);
+        Kind::template attend_tile<1>(call, query, tile, seen.low, seen.high, part,
+                                      token * group + head);
     }
   }
 }
 
-template <class T>
-void load_query(const Call& call, const Task& task, float* query) {
-  const int64_t group = call.group(), dim = call.padded_dim();
-  const int64_t first = call.cu_seqlens_q[task.seq] + task.first;
-  for (int64_t token = 0; token < task.count; ++token)
-    for (int64_t head = 0; head < group; ++head) {
-      const T* from = static_cast<const T*>(call.query) +
-                      (first + token) * call.query_strides[0] +
-                      (task.kv_head * group + head) * call.query_strides[1];
-      float* to = query + (token * group + head) * dim;
-      for_vectors(call.head_dim, [&](int64_t, auto get, auto put) {
-        put(to, get(from) * call.scale);
-      });
-    }
+template <class Kind>
+void attend_split(const Call& call, const Task& task, const typename Kind::Row* query,
+                  int64_t start, int64_t stop, const typename Kind::Tile& tile,
+                  const Partial& part) {
+  attend_split_by_tiles<Kind>(call, task, query, start, stop, tile, part);
 }
 
-template <class T>
+#ifdef STEPWIRE_ATTENTION_DOT
+// One token of a few heads.
+template <int ROWS>
+void attend_split_from_pages(const Call& call, const Task& task, const uint32_t* query,
+                             int64_t start, int64_t stop, const Partial& part) {
+  for (int64_t first = start; first < stop; first += TILE) {
+    const Seen seen(call, task.position, first);
+    if (seen.low >= seen.high) continue;
+    int64_t vectors[TILE];
+    find_vectors(call, task, first, vectors);
+    Dot::attend_pages<ROWS>(call, query, vectors, seen.low, seen.high, part, 0);
+  }
+}
+
+template <>
+void attend_split<Dot>(const Call& call, const Task& task, const uint32_t* query, int64_t start,
+                       int64_t stop, const Dot::Tile& tile, const Partial& part) {
+  switch (task.count == 1 ? call.group() : 0) {
+    case 1: return attend_split_from_pages<1>(call, task, query, start, stop, part);
+    case 2: return attend_split_from_pages<2>(call, task, query, start, stop, part);
+    case 3: return attend_split_from_pages<3>(call, task, query, start, stop, part);
+    case 4: return attend_split_from_pages<4>(call, task, query, start, stop, part);
+  }
+  attend_split_by_tiles<Dot>(call, task, query, start, stop, tile, part);
+}
+#endif
+
+template <class Kind>
+void load_query(const Call& call, const Task& task, typename Kind::Row* query) {
+  const int64_t group = call.group(), size = Kind::row_size(call);
+  const int64_t first = call.cu_seqlens_q[task.seq] + task.first;
+  for (int64_t token = 0; token < task.count; ++token)
+    for (int64_t head = 0; head < group; ++head)
+      Kind::load_query(call,
+                       static_cast<const typename Kind::Query*>(call.query) +
+                           (first + token) * call.query_strides[0] +
+                           (task.kv_head * group + head) * call.query_strides[1],
+                       query + (token * group + head) * size);
+}
+
+template <class Kind>
 void store_out(const Call& call, const Task& task, const Partial& whole) {
-  const int64_t group = call.group(), dim = call.padded_dim();
+  const int64_t group = call.group(), dim = Kind::dim(call);
   const int64_t first = call.cu_seqlens_q[task.seq] + task.first;
   for (int64_t token = 0; token < task.count; ++token)
     for (int64_t head = 0; head < group; ++head) {
       const int64_t row = token * group + head;
       const float* from = whole.weighted + row * dim;
-      T* to = static_cast<T*>(call.out) +
-              ((first + token) * call.num_heads + task.kv_head * group + head) * call.head_dim;
+      auto* to = static_cast<typename Kind::Query*>(call.out) +
+                 ((first + token) * call.num_heads + task.kv_head * group + head) * call.head_dim;
       for_vectors(call.head_dim, [&](int64_t, auto get, auto put) {
         put(to, get(from) * call.value_factor / whole.total[row]);
       });
@@ -73,20 +114,19 @@ void store_out(const Call& call, const Task& task, const Partial& whole) {
 }
 
 // A thread's memory for one task.
+template <class Kind>
 struct Workspace {
-  Tile tile;
-  float* query;
+  typename Kind::Tile tile;
+  typename Kind::Row* query;
   Partial part, whole;
 
   static Workspace get(Scratch& scratch, int64_t rows, int64_t dim) {
     const int64_t part = (Partial::size(rows, dim) + W - 1) / W * W;
-    float* memory = scratch.get<float>(2 * TILE * dim + rows * dim + 2 * part);
-    float* query = memory + 2 * TILE * dim;
+    float* memory = scratch.get<float>(Kind::tile_floats(dim) + rows * dim + 2 * part);
+    float* query = memory + Kind::tile_floats(dim);
     float* first = query + rows * dim;
-    return {{memory, memory + TILE * dim},
-            query,
-            Partial::at(first, rows, dim),
-            Partial::at(first + part, rows, dim)};
+    return {Kind::tile(memory, dim), reinterpret_cast<typename Kind::Row*>(query),
+            Partial::at(first, rows, dim), Partial::at(first + part, rows, dim)};
   }
 };
 
@@ -95,39 +135,39 @@ int64_t part_size(int64_t rows, int64_t dim) {
 }
 
 // One thread takes a task through all its splits.
-template <class T, class Page>
-void attend_tasks(const Call& call, const AttentionPlan& plan, const Workspace& work) {
-  const int64_t dim = call.padded_dim(), num_tasks = plan.tasks.size();
+template <class Kind>
+void attend_tasks(const Call& call, const AttentionPlan& plan, const Workspace<Kind>& work) {
+  const int64_t dim = Kind::dim(call), num_tasks = plan.tasks.size();
 #pragma omp for schedule(dynamic, 1)
   for (int64_t index = 0; index < num_tasks; ++index) {
     const Task& task = plan.tasks[index];
     const int64_t rows = task.count * call.group();
-    load_query<T>(call, task, work.query);
+    load_query<Kind>(call, task, work.query);
     work.whole.clear(rows, dim);
     for (int64_t start = task.begin(call) / SPLIT * SPLIT; start < task.end(); start += SPLIT) {
       work.part.clear(rows, dim);
-      attend_split<Page>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
+      attend_split<Kind>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
                          work.tile, work.part);
       merge(work.whole, work.part, rows, dim);
     }
-    store_out<T>(call, task, work.whole);
+    store_out<Kind>(call, task, work.whole);
   }
 }
 
 // Threads share the splits of few tasks; merged in the same order as above.
-template <class T, class Page>
-void attend_splits(const Call& call, const AttentionPlan& plan, const Workspace& work,
+template <class Kind>
+void attend_splits(const Call& call, const AttentionPlan& plan, const Workspace<Kind>& work,
                    float* parts) {
-  const int64_t dim = call.padded_dim(), size = part_size(plan.rows, dim);
+  const int64_t dim = Kind::dim(call), size = part_size(plan.rows, dim);
   const int64_t num_tasks = plan.tasks.size(), num_items = plan.items.size();
 #pragma omp for schedule(dynamic, 1)
   for (int64_t index = 0; index < num_items; ++index) {
     const Task& task = plan.tasks[plan.items[index].task];
     const int64_t start = plan.items[index].start, rows = task.count * call.group();
     const Partial part = Partial::at(parts + index * size, rows, dim);
-    load_query<T>(call, task, work.query);
+    load_query<Kind>(call, task, work.query);
     part.clear(rows, dim);
-    attend_split<Page>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
+    attend_split<Kind>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
                        work.tile, part);
   }
 #pragma omp for schedule(static)
@@ -136,27 +176,31 @@ void attend_splits(const Call& call, const AttentionPlan& plan, const Workspace&
     work.whole.clear(rows, dim);
     for (int64_t item = plan.first_item[index]; item < plan.first_item[index + 1]; ++item)
       merge(work.whole, Partial::at(parts + item * size, rows, dim), rows, dim);
-    store_out<T>(call, plan.tasks[index], work.whole);
+    store_out<Kind>(call, plan.tasks[index], work.whole);
   }
 }
 
-template <class T, class Page>
-void attend_pages(const Call& call, const AttentionPlan& plan, float* memory) {
+template <class Kind>
+void attend_as(const Call& call, const AttentionPlan& plan, float* memory) {
   static thread_local Scratch scratch;
-  const Workspace work = Workspace::get(scratch, plan.rows, call.padded_dim());
+  const auto work = Workspace<Kind>::get(scratch, plan.rows, Kind::dim(call));
   if (plan.first_item.empty())
-    attend_tasks<T, Page>(call, plan, work);
+    attend_tasks<Kind>(call, plan, work);
   else
-    attend_splits<T, Page>(call, plan, work, memory);
+    attend_splits<Kind>(call, plan, work, memory);
 }
 
 template <class T>
 void dispatch_pages(const Call& call, const AttentionPlan& plan, float* memory) {
   switch (call.page_dtype) {
-    case F32: return attend_pages<T, float>(call, plan, memory);
-    case BF16: return attend_pages<T, bf16>(call, plan, memory);
-    case F16: return attend_pages<T, f16>(call, plan, memory);
-    case E4M3: return attend_pages<T, e4m3>(call, plan, memory);
+    case F32: return attend_as<Wide<T, float>>(call, plan, memory);
+    case BF16:
+#ifdef STEPWIRE_ATTENTION_DOT
+      if constexpr (std::is_same_v<T, bf16>) return attend_as<Dot>(call, plan, memory);
+#endif
+      return attend_as<Wide<T, bf16>>(call, plan, memory);
+    case F16: return attend_as<Wide<T, f16>>(call, plan, memory);
+    case E4M3: return attend_as<Wide<T, e4m3>>(call, plan, memory);
   }
 }
 
@@ -188,7 +232,7 @@ AttentionPlan::AttentionPlan(const AttentionCall& call, int64_t num_threads)
       items.push_back({index, start});
   }
   first_item.push_back(items.size());
-  num_floats = items.size() * part_size(rows, call.padded_dim());
+  num_floats = items.size() * part_size(rows, call.largest_dim());
 }
 
 bool has_blocks(const AttentionCall& call) {

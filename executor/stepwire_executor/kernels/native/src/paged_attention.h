@@ -32,6 +32,7 @@ struct AttentionCall {
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t padded_dim() const { return (head_dim + W - 1) / W * W; }
+  int64_t largest_dim() const { return (head_dim + 2 * W - 1) / (2 * W) * (2 * W); }
 };
 
 // Query tokens [first, first + count) of a sequence, for one KV head.

@@ -123,22 +123,33 @@ inline void operator+=(vd2& a, vd2 b) {
   a.high += b.high;
 }
 
-// Sum of the lanes: halves are added until one lane is left.
+// Folds the lanes: halves meet until one lane is left.
+template <class Meet>
+inline float fold(vf x, Meet meet) {
+#ifdef STEPWIRE_AVX512
+  const __m256 eight = meet(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+#else
+  const __m256 eight = (__m256)x;
+#endif
+  const auto four = [&](__m128 a, __m128 b) {
+    return _mm256_castps256_ps128(meet(_mm256_castps128_ps256(a), _mm256_castps128_ps256(b)));
+  };
+  __m128 y = four(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  y = four(y, _mm_movehl_ps(y, y));
+  y = four(y, _mm_movehdup_ps(y));
+  return _mm_cvtss_f32(y);
+}
+
 inline float sum(vf x) {
-  float lanes[W];
-  store_as(lanes, x);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return fold(x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); });
 }
 
 // Largest lane; NaN lanes are ignored unless all are.
 inline float largest(vf x) {
-  float lanes[W];
-  store_as(lanes, x);
-  float best = lanes[0];
-  for (int i = 1; i < W; ++i) best = lanes[i] > best || best != best ? lanes[i] : best;
-  return best;
+  return fold(x, [](__m256 a, __m256 b) {
+    // The second of the two where one is NaN.
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(b, b, _CMP_UNORD_Q));
+  });
 }
 
 inline bool any(vi mask) {
