@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stepwire_executor.batch import StepBatch
 from stepwire_executor.kernels import Kernels
-from stepwire_executor.kernels.interface import DecoderStack, LayerProgram
+from stepwire_executor.kernels.interface import DecoderStack, LayerProgram, PackedWeight
+from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
 from stepwire_executor.kv_cache import FP8_DTYPE, KVCache
 from stepwire_executor.model.config import ModelConfig
 from stepwire_executor.model.decoder import Decoder
@@ -123,6 +125,56 @@ def test_one_call_makes_the_bits_of_operation_after_operation(
             make_decoder(config, kernels, dtype),
             batch,
             cache_for(config, pages, dtype, blocks, block_size),
+        )
+        for kernels in (one_by_one(native), native)
+    )
+    assert got == expected
+
+
+def quantized(weight: Tensor, bits: Literal[4, 8], kind: str) -> GroupQuantized:
+    """Return integers in groups of 32 inputs that stand for about a weight."""
+    groups = weight.float().unflatten(1, (-1, 32))
+    most = 2**bits - 1
+    low, high = groups.amin(2), groups.amax(2)
+    scales = ((high - low) / most).half()
+    codes = ((groups - low.unsqueeze(2)) / scales.float().unsqueeze(2)).round().clamp(0, most)
+    zeros = (-low / scales.float()).round().clamp(0, most).to(torch.uint8)
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(4))
+    return GroupQuantized(
+        codes=codes.flatten(1).to(torch.uint8),
+        bits=bits,
+        group_size=32,
+        scales=scales,
+        zeros=zeros if kind == "zeros" else None,
+        minimums=None if kind == "zeros" else low.half(),
+        input_order=order if kind == "ordered" else None,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["zeros", "minimums", "ordered", "stacked"])
+def test_weights_in_integers_make_the_same_bits(
+    native: Kernels, kind: str, dtype: torch.dtype
+) -> None:
+    config = small_config(
+        hidden_size=64, intermediate_size=192, num_heads=4, head_dim=16, has_biases=True
+    )
+
+    def pack(weight: Tensor, sum_unit: int | None = None) -> PackedWeight:
+        if len(weight) == config.vocab_size:
+            return native.pack_weight(weight)
+        if kind != "stacked":
+            return native.pack_weight(quantized(weight, 4, kind), sum_unit)
+        parts = weight.split([32, 20, len(weight) - 52])
+        unlike = (quantized(parts[0], 4, "zeros"), parts[1], quantized(parts[2], 8, "ordered"))
+        return native.pack_weight(unlike, sum_unit)
+
+    batch, blocks = step_of([(70, 3), (1, 130), (4, 70)], [69, 70, 74, 74])
+    expected, got = (
+        outcome(
+            make_decoder(config, replace(kernels, pack_weight=pack), dtype),
+            batch,
+            cache_for(config, "dtype", dtype, blocks),
         )
         for kernels in (one_by_one(native), native)
     )

@@ -17,9 +17,12 @@ from stepwire_executor.kernels.interface import (
     LayerProgram,
     LinearOperands,
     MakeLayerProgram,
+    PackedWeight,
 )
 from stepwire_executor.kernels.layer_program import structures
 from stepwire_executor.kernels.linear.cpu import PanelWeight
+from stepwire_executor.kernels.linear.quantized_cpu import QuantizedPanelWeight
+from stepwire_executor.kernels.linear.stacked import StackedWeight
 from stepwire_executor.kernels.native.library import COMPUTE_DTYPES, DTYPE_CODES, NativeLibrary
 from stepwire_executor.kernels.native.pages import check_pages
 from stepwire_executor.kernels.rope_and_write_kv.reference import MIN_AMAX, mixing_size
@@ -46,7 +49,7 @@ def make_layer_programs(library: NativeLibrary) -> MakeLayerProgram:
         if (
             stack.final_norm.dtype not in COMPUTE_DTYPES
             or any(norm.dtype != stack.final_norm.dtype for norm in norms)
-            or any(not isinstance(linear.weight, PanelWeight) for linear in linears)
+            or any(not _is_native(part) for linear in linears for part in _parts(linear.weight))
         ):
             return None
         return _NativeProgram(library, stack)
@@ -163,27 +166,32 @@ class _NativeProgram:
         )
 
     def _projection(self, linear: LinearOperands) -> structures.Projection:
-        weight = linear.weight
-        assert isinstance(weight, PanelWeight), weight
-        steps, depth = weight.values.shape[1], weight.values.shape[3]
-        parts = (structures.DenseWeight * 1)(
-            structures.DenseWeight(
-                values=self._address(weight.values),
-                dtype=DTYPE_CODES[weight.values.dtype],
-                num_steps=steps,
-                out_features=weight.out_features,
-                chain_steps=weight.chain_length // depth,
-            )
-        )
+        weights = _parts(linear.weight)
+        parts = (structures.ProjectionPart * len(weights))(*map(self._part, weights))
         self._owned.append(parts)
         return structures.Projection(
             parts=parts,
             num_parts=len(parts),
             bias=self._address(linear.bias),
             bias_dtype=0 if linear.bias is None else DTYPE_CODES[linear.bias.dtype],
-            in_features=weight.in_features,
-            out_features=weight.out_features,
+            in_features=linear.weight.in_features,
+            out_features=linear.weight.out_features,
         )
+
+    def _part(self, weight: PackedWeight) -> structures.ProjectionPart:
+        self._owned.append(weight)
+        if isinstance(weight, QuantizedPanelWeight):
+            return structures.ProjectionPart(quantized=ctypes.pointer(weight.fields))
+        assert isinstance(weight, PanelWeight), weight
+        steps, depth = weight.values.shape[1], weight.values.shape[3]
+        dense = structures.DenseWeight(
+            values=self._address(weight.values),
+            dtype=DTYPE_CODES[weight.values.dtype],
+            num_steps=steps,
+            out_features=weight.out_features,
+            chain_steps=weight.chain_length // depth,
+        )
+        return structures.ProjectionPart(dense=ctypes.pointer(dense))
 
 
 class _CacheEntry:
@@ -227,6 +235,14 @@ def _layer_pages(pages: KVPages) -> structures.LayerPages:
     )
 
 
+def _parts(weight: PackedWeight) -> tuple[PackedWeight, ...]:
+    return weight.parts if isinstance(weight, StackedWeight) else (weight,)
+
+
+def _is_native(weight: PackedWeight) -> bool:
+    return isinstance(weight, PanelWeight | QuantizedPanelWeight)
+
+
 def _norms(layer: LayerOperands) -> list[Tensor]:
     norms = (layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
     return [norm for norm in norms if norm is not None]
@@ -265,6 +281,12 @@ def _check_stack(stack: DecoderStack) -> None:
             found = (linear.weight.out_features, linear.weight.in_features)
             if found != shape:
                 raise ValueError(f"layer {index} has a weight of {found}, expected {shape}")
+            for part in _parts(linear.weight):
+                if isinstance(part, PanelWeight) and part.values.dtype != stack.dtype:
+                    raise ValueError(
+                        f"layer {index} has a weight of {part.values.dtype}, activations are "
+                        f"{stack.dtype}"
+                    )
             bias = linear.bias
             if bias is not None and (bias.shape != shape[:1] or bias.dtype not in COMPUTE_DTYPES):
                 raise ValueError(

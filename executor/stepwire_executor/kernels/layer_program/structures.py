@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+from stepwire_executor.kernels.linear.quantized_cpu import QuantizedWeightFields
+
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
 _Float = ctypes.c_float
@@ -22,11 +24,20 @@ class DenseWeight(ctypes.Structure):
     )
 
 
+class ProjectionPart(ctypes.Structure):
+    """A weight of either kind; the other is null."""
+
+    _fields_ = (
+        ("dense", ctypes.POINTER(DenseWeight)),
+        ("quantized", ctypes.POINTER(QuantizedWeightFields)),
+    )
+
+
 class Projection(ctypes.Structure):
     """Weights that share their input and write side by side."""
 
     _fields_ = (
-        ("parts", ctypes.POINTER(DenseWeight)),
+        ("parts", ctypes.POINTER(ProjectionPart)),
         ("num_parts", _Int),
         ("bias", _Pointer),
         ("bias_dtype", _Int),
@@ -122,6 +133,7 @@ class StepArguments(ctypes.Structure):
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     DenseWeight,
+    ProjectionPart,
     Projection,
     LayerWeights,
     LayerProgram,

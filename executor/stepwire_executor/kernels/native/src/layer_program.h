@@ -5,12 +5,19 @@
 #include <cstdint>
 
 #include "linear.h"
+#include "quantized_linear.h"
 
 namespace stepwire {
 
+// A weight of either kind; the other pointer is null.
+struct ProjectionPart {
+  const DenseWeight* dense;
+  const QuantizedWeight* quantized;
+};
+
 // Weights that share their input and write side by side.
 struct Projection {
-  const DenseWeight* parts;
+  const ProjectionPart* parts;
   int64_t num_parts;
   const void* bias;  // of all parts, or null
   int64_t bias_dtype;

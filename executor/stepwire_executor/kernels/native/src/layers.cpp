@@ -81,6 +81,8 @@ class Step {
   void normalise_heads(const void* x, int64_t num_heads, const void* weight, void* out) const;
   void project(const void* x, int64_t rows, const Projection& projection, void* out,
                const Buffers& buffers) const;
+  const void* dense_rows(const void* x, int64_t rows, int64_t size, int64_t stride,
+                         char* inputs) const;
   void pick_logit_rows(const void* from, void* to, int64_t size) const;
 
   int64_t bytes(int64_t num_elements) const { return num_elements * size_of(program_.dtype); }
@@ -167,28 +169,42 @@ void Step::normalise_heads(const void* x, int64_t num_heads, const void* weight,
             program_.eps, step_.num_tokens, num_heads, size});
 }
 
+// Rows as dense weights are multiplied with; where they must be converted, into `inputs`.
+const void* Step::dense_rows(const void* x, int64_t rows, int64_t size, int64_t stride,
+                             char* inputs) const {
+  if (program_.dtype == F16)
+    copy_rows<f16, float>(x, inputs, rows, size, stride);
+  else if (program_.dtype == BF16 && !linear_takes_bf16())
+    copy_rows<bf16, float>(x, inputs, rows, size, stride);
+  else if (stride != size)
+    copy_rows<bf16, bf16>(x, inputs, rows, size, stride);
+  else
+    return x;
+  return inputs;
+}
+
 void Step::project(const void* x, int64_t rows, const Projection& projection, void* out,
                    const Buffers& buffers) const {
   const int64_t dtype = program_.dtype, size = projection.in_features;
   const int64_t stride = dtype == BF16 ? (size + 1) / 2 * 2 : size;
-  if (dtype == F16) {
-    copy_rows<f16, float>(x, buffers.inputs, rows, size, stride);
-    x = buffers.inputs;
-  } else if (dtype == BF16 && !linear_takes_bf16()) {
-    copy_rows<bf16, float>(x, buffers.inputs, rows, size, stride);
-    x = buffers.inputs;
-  } else if (stride != size) {
-    copy_rows<bf16, bf16>(x, buffers.inputs, rows, size, stride);
-    x = buffers.inputs;
-  }
+  const void* dense = nullptr;
   int64_t first = 0;
   for (int64_t i = 0; i < projection.num_parts; ++i) {
-    const DenseWeight& part = projection.parts[i];
-    const char* bias = static_cast<const char*>(projection.bias);
-    multiply(part, x, stride, bias ? bias + first * size_of(projection.bias_dtype) : nullptr,
-             projection.bias_dtype, static_cast<char*>(out) + bytes(first),
-             projection.out_features, dtype, rows);
-    first += part.out_features;
+    const ProjectionPart& part = projection.parts[i];
+    const void* bias = nullptr;
+    if (projection.bias)
+      bias = static_cast<const char*>(projection.bias) + first * size_of(projection.bias_dtype);
+    void* to = static_cast<char*>(out) + bytes(first);
+    if (part.quantized) {
+      multiply(*part.quantized, x, size, dtype, bias, projection.bias_dtype, to,
+               projection.out_features, dtype, rows);
+      first += part.quantized->out_features;
+      continue;
+    }
+    if (!dense) dense = dense_rows(x, rows, size, stride, buffers.inputs);
+    multiply(*part.dense, dense, stride, bias, projection.bias_dtype, to, projection.out_features,
+             dtype, rows);
+    first += part.dense->out_features;
   }
 }
 
@@ -284,9 +300,9 @@ void Step::run(const Buffers& buffers) const {
 // Bytes of the structures that a caller lays out, to compare with its own.
 extern "C" int64_t stepwire_layer_struct_bytes(int64_t index) {
   using namespace stepwire;
-  constexpr int64_t SIZES[] = {sizeof(DenseWeight), sizeof(Projection), sizeof(LayerWeights),
-                               sizeof(LayerProgram), sizeof(LayerPages), sizeof(CachePages),
-                               sizeof(StepArguments)};
+  constexpr int64_t SIZES[] = {sizeof(DenseWeight),  sizeof(ProjectionPart), sizeof(Projection),
+                               sizeof(LayerWeights), sizeof(LayerProgram),   sizeof(LayerPages),
+                               sizeof(CachePages),   sizeof(StepArguments)};
   return SIZES[index];
 }
 
