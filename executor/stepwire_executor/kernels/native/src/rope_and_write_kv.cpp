@@ -107,40 +107,50 @@ void write_row(const float* from, void* pages, bf16* scales, float static_scale,
   }
 }
 
+// Where a token's head begins.
+inline int64_t head_at(const int64_t strides[2], int64_t token, int64_t head) {
+  return token * strides[0] + head * strides[1];
+}
+
 template <class T, class Page>
 void turn_and_write(const RopeCall& call) {
-  const int64_t half = call.rotary_dim / 2;
+  const int64_t half = call.rotary_dim / 2, n = call.head_dim;
+  const int64_t num_heads = call.num_heads, num_kv_heads = call.num_kv_heads;
   static thread_local Scratch scratch;
-  float* row = scratch.get<float>(call.head_dim);
-#pragma omp for schedule(static)
+  float* row = scratch.get<float>(n);
+  // Heads are shared out too, so that a step of one token is not one thread's.
+#pragma omp for collapse(2) schedule(static)
   for (int64_t token = 0; token < call.num_tokens; ++token) {
-    const float* cos_sin = call.cos_sin + call.positions[token] * call.rotary_dim;
-    for (int64_t head = 0; head < call.num_heads; ++head) {
-      T* query = static_cast<T*>(call.query) + token * call.query_strides[0] +
-                 head * call.query_strides[1];
-      widen_row(query, row, call.head_dim);
-      rotate(row, cos_sin, half);
-      mix(row, call.head_dim, call.mixing_size);
-      narrow_row(row, query, call.head_dim);
-    }
-    const int64_t slot = call.slots[token];
-    if (slot < 0) continue;
-    const int64_t block = slot / call.block_size, offset = slot % call.block_size;
-    for (int64_t head = 0; head < call.num_kv_heads; ++head) {
-      const int64_t vector = (block * call.num_kv_heads + head) * call.block_size + offset;
-      const T* key = static_cast<const T*>(call.key) + token * call.key_strides[0] +
-                     head * call.key_strides[1];
-      widen_row(key, row, call.head_dim);
-      rotate(row, cos_sin, half);
-      if (call.key_offset) subtract(row, call.key_offset + head * call.head_dim, call.head_dim);
-      mix(row, call.head_dim, call.mixing_size);
-      write_row<Page>(row, call.key_pages, call.key_scales, call.static_key_scale, vector,
-                      call.head_dim, call.min_amax, true);
-      const T* value = static_cast<const T*>(call.value) + token * call.value_strides[0] +
-                       head * call.value_strides[1];
-      widen_row(value, row, call.head_dim);
-      write_row<Page>(row, call.value_pages, call.value_scales, call.static_value_scale, vector,
-                      call.head_dim, call.min_amax, false);
+    for (int64_t index = 0; index < num_heads + 2 * num_kv_heads; ++index) {
+      const float* cos_sin = call.cos_sin + call.positions[token] * call.rotary_dim;
+      if (index < num_heads) {
+        T* query = static_cast<T*>(call.query) + head_at(call.query_strides, token, index);
+        widen_row(query, row, n);
+        rotate(row, cos_sin, half);
+        mix(row, n, call.mixing_size);
+        narrow_row(row, query, n);
+        continue;
+      }
+      const int64_t slot = call.slots[token];
+      if (slot < 0) continue;
+      const int64_t head = (index - num_heads) % num_kv_heads;
+      const int64_t block = slot / call.block_size, offset = slot % call.block_size;
+      const int64_t vector = (block * num_kv_heads + head) * call.block_size + offset;
+      if (index < num_heads + num_kv_heads) {
+        const T* key = static_cast<const T*>(call.key) + head_at(call.key_strides, token, head);
+        widen_row(key, row, n);
+        rotate(row, cos_sin, half);
+        if (call.key_offset) subtract(row, call.key_offset + head * n, n);
+        mix(row, n, call.mixing_size);
+        write_row<Page>(row, call.key_pages, call.key_scales, call.static_key_scale, vector, n,
+                        call.min_amax, true);
+      } else {
+        const T* value =
+            static_cast<const T*>(call.value) + head_at(call.value_strides, token, head);
+        widen_row(value, row, n);
+        write_row<Page>(row, call.value_pages, call.value_scales, call.static_value_scale, vector,
+                        n, call.min_amax, false);
+      }
     }
   }
 }
