@@ -87,7 +87,6 @@ def load_runner(
         on_progress=lambda phase, fraction: on_progress(phase, target_share * fraction),
         group=group,
     )
-    _log.info("weights_loaded", quantization=model.quantization, mib=model.weight_bytes >> 20)
     draft = load_draft_model(
         config,
         kernels=kernels,

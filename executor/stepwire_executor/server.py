@@ -182,7 +182,13 @@ def _load(
     runner, description = load_runner(config, on_progress, on_group_lost)
     load.succeed(description)
     service.set_runner(runner)
-    _log.info("ready", load_ms=round(load.load_ms), model=description.architecture)
+    _log.info(
+        "ready",
+        load_ms=round(load.load_ms),
+        model=description.architecture,
+        quantization=description.quantization,
+        weights_mib=description.weight_bytes >> 20,
+    )
 
 
 def _report_failure(error: Exception, load: LoadStatus) -> None:

@@ -18,6 +18,7 @@ import torch
 from stepwire_client import AsyncClient, Client, ClusterConfig, LocalCluster, SamplingParams
 from stepwire_executor.kernels import select_kernels
 from stepwire_executor.model import LoadedModel, load_model
+from stepwire_executor.model.weights.quantization import Quantization
 from stepwire_executor.parallel.group import SINGLE_RANK, RankGroup
 from stepwire_executor.plan import plan_model
 from support.model_steps import CPU, ModelSteps, SteppedSequence
@@ -72,7 +73,8 @@ def test_the_model_is_described_with_what_each_rank_holds(cluster: LocalCluster)
         model = client.get_model()
     assert len(model.rank_weight_bytes) == cluster.config.tensor_parallel_size
     assert sum(model.rank_weight_bytes) == model.weight_bytes
-    assert max(model.rank_weight_bytes) < 1.001 * min(model.rank_weight_bytes)
+    # Shares are even in elements; those of the head have 8 bits where the layers' have 4.
+    assert max(model.rank_weight_bytes) < 1.02 * min(model.rank_weight_bytes)
 
 
 @pytest.mark.long
@@ -117,10 +119,16 @@ async def test_streams_go_on_when_a_rank_is_stopped(cluster: LocalCluster) -> No
     assert cluster.pids["executor-0"] != victim
 
 
-def _load(path: Path, dtype: torch.dtype, group: RankGroup = SINGLE_RANK) -> LoadedModel:
+def _load(
+    path: Path,
+    dtype: torch.dtype,
+    group: RankGroup = SINGLE_RANK,
+    quantization: Quantization = "auto",
+) -> LoadedModel:
     return load_model(
         path,
         dtype=dtype,
+        quantization=quantization,
         kernels=select_kernels(CPU),
         device=CPU,
         max_model_len=512,
@@ -150,7 +158,7 @@ def test_logits_are_those_of_one_rank_to_the_bit(smollm2_dir: Path, dtype: torch
 
 def test_ranks_share_the_weights_evenly(smollm2_dir: Path) -> None:
     """No rank holds more than its part of what is split, beside the norms that all hold."""
-    alone = _load(smollm2_dir, torch.bfloat16)
+    alone = _load(smollm2_dir, torch.bfloat16, quantization="none")
     config = alone.config
     norm_bytes = 2 * (2 * config.num_layers + 1) * config.hidden_size
     sharded_bytes = alone.weight_bytes - norm_bytes
@@ -159,7 +167,9 @@ def test_ranks_share_the_weights_evenly(smollm2_dir: Path) -> None:
     for world_size in (2, 3):
         parts = run_ranks(
             world_size,
-            lambda group: _load(smollm2_dir, torch.bfloat16, group).weight_bytes - norm_bytes,
+            lambda group: (
+                _load(smollm2_dir, torch.bfloat16, group, "none").weight_bytes - norm_bytes
+            ),
         )
         assert sum(parts) == sharded_bytes
         planned = plan_model(
@@ -171,6 +181,7 @@ def test_ranks_share_the_weights_evenly(smollm2_dir: Path) -> None:
             max_num_seqs=None,
             max_model_len=None,
             load_format="auto",
+            quantization="none",
             tensor_parallel_size=world_size,
         )
         assert parts == [rank["weight_bytes"] - norm_bytes for rank in planned["ranks"]]
