@@ -304,6 +304,12 @@ def plain(smollm2_dir: Path, cases: list[Case]) -> list[Answer]:
     return _plain(smollm2_dir, cases, batch=16)
 
 
+@pytest.fixture(scope="module")
+def plain_answers(smollm2_dir: Path) -> list[Answer]:
+    """Of the long cases, one at a time."""
+    return _plain(smollm2_dir, long_cases(), batch=1)
+
+
 def servers(*, short: set[str]) -> pytest.MarkDecorator:
     """Run a test on every method: on those of short always, on others in the long form."""
     # In one order everywhere, so that each cluster is started once.
@@ -419,23 +425,22 @@ async def _begin_and_cancel(client: AsyncClient, cases: Sequence[Case]) -> int:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["eager", "stock"])
 def test_50_prompts_are_answered_as_without_speculation(
-    smollm2_dir: Path, draft: Path, kind: str
+    smollm2_dir: Path, draft: Path, plain_answers: list[Answer], kind: str, method: str
 ) -> None:
-    """Greedy and seeded each, by every method, alone and 16 at once."""
+    """Greedy and seeded each, alone and 16 at once."""
     cases = long_cases()
     assert len({str(case.prompt) for case in cases}) == 50
     assert len(cases) == 100
-    plain = _plain(smollm2_dir, cases, batch=1)
-    for method in METHODS:
-        with serving(smollm2_dir, method, draft=draft, is_eager=kind == "eager") as server:
-            drafts = Drafts()  # of both: suffix finds the first batch's answers in its history
-            for batch in (1, 16):
-                answers = asyncio.run(server.answers(cases, batch=batch, drafts=drafts))
-                check_equal(cases, plain, answers)
-                print(f"{kind}, {method}, up to batch {batch}: {drafts}")
-            least = 200 if kind == "eager" else 20
-            assert drafts.num_accepted >= least, (method, drafts)
-            assert drafts.num_rejected >= least // 2, (method, drafts)
-            asyncio.run(server.until("stepwire_kv_blocks_used", lambda n: n == 0))
+    with serving(smollm2_dir, method, draft=draft, is_eager=kind == "eager") as server:
+        drafts = Drafts()  # of both: suffix finds the first batch's answers in its history
+        for batch in (1, 16):
+            answers = asyncio.run(server.answers(cases, batch=batch, drafts=drafts))
+            check_equal(cases, plain_answers, answers)
+            print(f"{kind}, {method}, up to batch {batch}: {drafts}")
+        least = 200 if kind == "eager" else 20
+        assert drafts.num_accepted >= least, (method, drafts)
+        assert drafts.num_rejected >= least // 2, (method, drafts)
+        asyncio.run(server.until("stepwire_kv_blocks_used", lambda n: n == 0))
