@@ -11,7 +11,7 @@ from benchmarks.gpu.operations import linear, pack_weight
 from benchmarks.gpu.report import Outcome, Row
 from benchmarks.gpu.timing import Call, ratio
 
-_LAYER = {
+LAYER = {
     "qkv": (6_144, 4_096),
     "attention output": (4_096, 4_096),
     "gate and up": (28_672, 4_096),
@@ -25,7 +25,7 @@ _TINY = {"qkv": (48, 32), "down": (32, 48)}
 def measure_decode(bench: Bench) -> Outcome:
     """1, 16 and 64 rows: every shape, all of a layer, and torch in turn."""
     outcome = Outcome()
-    shapes = bench.pick({**_LAYER, "head": _HEAD}, _TINY)
+    shapes = bench.pick({**LAYER, "head": _HEAD}, _TINY)
     for num_rows in bench.pick((1, 16, 64), (1, 3)):
         by_shape: dict[str, object] = {}
         layer_ms = layer_torch_ms = floor_ms = 0.0
@@ -77,7 +77,7 @@ def _variants(
 def measure_prefill(bench: Bench) -> Outcome:
     """8,192 and 512 rows of the widest layer and of the deepest."""
     outcome = Outcome()
-    shapes = bench.pick(_LAYER, _TINY)
+    shapes = bench.pick(LAYER, _TINY)
     for num_rows in bench.pick((8_192, 512), (70,)):
         shown: list[str] = []
         by_shape: dict[str, object] = {}

@@ -61,6 +61,7 @@ SECTIONS = (
     _section("attention-fp8", "check", "attention_correctness", "check_fp8", 200),
     _section("attention-bf16", "check", "attention_correctness", "check_bfloat16", 200),
     _section("linear", "check", "linear_check", "check", 200),
+    _section("quantized-linear", "check", "quantized_check", "check", 200),
     _section("decoder-bits", "check", "decoder_invariance", "check", 200),
     _section("attention-fp32", "check", "attention_correctness", "check_float32", 200),
     _section("attention-fp16", "check", "attention_correctness", "check_float16", 200),
@@ -76,6 +77,8 @@ SECTIONS = (
     _section("kv-write", "benchmark", "kv_write", timeout_s=40),
     _section("sampler-time", "benchmark", "sampler_time", timeout_s=40),
     _section("linear-decode", "benchmark", "linear_time", "measure_decode", 50),
+    _section("quantized-decode", "benchmark", "quantized_time", "measure_decode", 40),
+    _section("quantized-prefill", "benchmark", "quantized_time", "measure_prefill", 30),
     _section("linear-prefill", "benchmark", "linear_time", "measure_prefill", 40),
     _section("end-to-end", "cluster", "end_to_end", timeout_s=300, least_s=60),
 )

@@ -90,6 +90,12 @@ TARGETS: Mapping[str, Target] = {
         digits=3,
         at_most=0.3,
     ),
+    "quantized_1": Target(
+        what="linear layers of Llama-3.1-8B, int4 by 128, 1 row", unit="% of copy", at_least=60
+    ),
+    "quantized_16": Target(
+        what="linear layers of Llama-3.1-8B, int4 by 128, 16 rows", unit="% of copy", at_least=60
+    ),
     "invariance_cost": Target(
         what="batch-invariant attention's extra time over the fastest split", unit="%", at_most=5
     ),

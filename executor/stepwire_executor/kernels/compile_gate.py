@@ -26,14 +26,15 @@ from typing import Any
 from stepwire_executor.kernels.compile_case import MAX_SHARED_BYTES, CompileCase
 
 MODULES = tuple(
-    f"stepwire_executor.kernels.{operation}.triton"
-    for operation in (
-        "rms_norm",
-        "silu_and_mul",
-        "rope_and_write_kv",
-        "linear",
-        "sample",
-        "paged_attention",
+    f"stepwire_executor.kernels.{module}"
+    for module in (
+        "rms_norm.triton",
+        "silu_and_mul.triton",
+        "rope_and_write_kv.triton",
+        "linear.triton",
+        "linear.triton_quantized_cases",
+        "sample.triton",
+        "paged_attention.triton",
     )
 )
 """Where COMPILE_CASES are."""

@@ -32,6 +32,14 @@ def capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Return how many a device has; 0 on a CPU (the interpreter)."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def configuration(table: Mapping[int, Config], capability: int) -> Config:
     """Return the entry of a capability, or the default."""
     return table.get(capability, table[DEFAULT_CAPABILITY])

@@ -4,21 +4,30 @@ in_features is cut into chunks, by the layer's shape only. A chunk is summed ove
 BLOCK_K inputs at a time; the chunks' sums are added in order, in float32. With few rows each
 chunk is a program's, so that one row keeps the device busy; with many, one program computes all
 chunks of its tile. Weights stay as they are stored: a tile's step reads whole lines of 128 bytes
-from each of its rows already, and the reference and tied embeddings share the one copy.
+from each of its rows already, and the reference and tied embeddings share the one copy. Weights in
+4 or 8 bits are multiplied by `triton_quantized`.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stepwire_executor.kernels.launch import COMPUTE_DTYPES, capability, ceil_div
-from stepwire_executor.kernels.linear import reference
+from stepwire_executor.kernels.interface import PackedWeight
+from stepwire_executor.kernels.launch import (
+    COMPUTE_DTYPES,
+    capability,
+    ceil_div,
+    num_multiprocessors,
+)
+from stepwire_executor.kernels.linear import reference, triton_quantized
+from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
+from stepwire_executor.kernels.linear.stacked import StackedWeight, multiply_parts, pack_parts
 from stepwire_executor.kernels.linear.triton_cases import COMPILE_CASES
 from stepwire_executor.kernels.linear.triton_kernel import linear_kernel, split_linear_kernel
+from stepwire_executor.kernels.linear.triton_quantized import GroupedWords
 from stepwire_executor.kernels.linear.triton_tiles import (
     GROUP_SIZE,
     Chunks,
@@ -46,8 +55,22 @@ class ChunkedWeight(reference.DenseWeight):
     """[num_tiles] int32, zero between launches; None for one chunk."""
 
 
-def pack_weight(weight: Tensor, sum_unit: int | None = None) -> ChunkedWeight:
-    """Keep weight, [out_features, in_features], as it is; sums are cut by its shape alone."""
+def pack_weight(
+    weight: Tensor | GroupQuantized | tuple[object, ...], sum_unit: int | None = None
+) -> PackedWeight:
+    """Keep a weight of floats, [out_features, in_features], as it is, and lay integers out anew.
+
+    Sums are cut by a weight's shape alone, and sum_unit changes nothing.
+    """
+    if isinstance(weight, GroupQuantized):
+        return triton_quantized.pack_weight(weight)
+    if isinstance(weight, tuple):
+        return pack_parts(pack_weight, weight, sum_unit)
+    return pack_dense(weight)
+
+
+def pack_dense(weight: Tensor) -> ChunkedWeight:
+    """Keep weight, [out_features, in_features], as it is."""
     values = reference.pack_dense(weight).values
     cuts = chunks(*values.shape)
     arrivals = None
@@ -60,11 +83,15 @@ def pack_weight(weight: Tensor, sum_unit: int | None = None) -> ChunkedWeight:
 
 def linear(
     x: Tensor,
-    weight: ChunkedWeight,
+    weight: ChunkedWeight | GroupedWords | StackedWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return x @ weight.T + bias; see `interface.Linear`."""
+    if isinstance(weight, GroupedWords):
+        return triton_quantized.linear(x, weight, bias, out_dtype)
+    if isinstance(weight, StackedWeight):
+        return multiply_parts(linear, x, weight, bias, out_dtype)
     values = weight.values
     if x.ndim != 2 or x.shape[1] != weight.in_features or x.dtype != values.dtype:
         raise ValueError(
@@ -91,14 +118,6 @@ def linear(
     return out
 
 
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    """Return how many a device has; 0 on a CPU (the interpreter)."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _launch(x: Tensor, weight: ChunkedWeight, bias: Tensor | None, out: Tensor, tile: Tile) -> None:
     num_rows, block_k = x.shape[0], block_k_of(x.dtype)
     num_programs = ceil_div(num_rows, tile.rows) * ceil_div(weight.out_features, tile.outputs)
@@ -119,7 +138,7 @@ def _launch(x: Tensor, weight: ChunkedWeight, bias: Tensor | None, out: Tensor, 
         BLOCK_K=block_k,
         IS_K_EVEN=weight.in_features % block_k == 0,
         num_warps=tile.num_warps,
-        num_stages=num_stages_of(tile, num_programs, _num_multiprocessors(x.device)),
+        num_stages=num_stages_of(tile, num_programs, num_multiprocessors(x.device)),
     )
 
 
@@ -151,5 +170,5 @@ def _launch_split(
         BLOCK_K=block_k,
         IS_K_EVEN=weight.in_features % block_k == 0,
         num_warps=tile.num_warps,
-        num_stages=num_stages_of(tile, num_programs, _num_multiprocessors(x.device)),
+        num_stages=num_stages_of(tile, num_programs, num_multiprocessors(x.device)),
     )

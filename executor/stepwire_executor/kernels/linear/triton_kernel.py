@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ANY_VALUE = ("num_rows",)
+ANY_VALUE = ("num_rows",)
 """Not compiled for anew where it is 1 or a multiple of 16: it changes with every batch."""
 
 
@@ -55,18 +55,53 @@ def _multiply(
 
 
 @triton.jit
-def _write(total, bias_ptr, out_ptr, num_rows, out_features, rows, outputs):
+def write(total, bias_ptr, out_ptr, out_stride, num_rows, out_features, rows, outputs):
     """Add the bias, round once, and store [outputs, rows] as rows of out_features."""
     output_mask = outputs < out_features
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + outputs, mask=output_mask, other=0.0)
         total += bias.to(tl.float32)[:, None]
-    out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * out_features + outputs[:, None]
+    out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * out_stride + outputs[:, None]
     mask = (rows < num_rows)[None, :] & output_mask[:, None]
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
+@triton.jit
+def add_chunks(
+    partial, chunk, tile, sums_ptr, arrivals_ptr, bias_ptr, out_ptr, out_stride, num_rows,
+    out_features, rows, output_block,
+    NUM_CHUNKS: tl.constexpr,
+    SUM_OUTPUTS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Leave a chunk's sum of a tile in memory; the tile's last program adds all and writes."""
+    tile_size: tl.constexpr = BLOCK_OUTPUTS * BLOCK_ROWS
+    tile = tile.to(tl.int64)
+    sums_ptr += tile * (NUM_CHUNKS * tile_size)
+    tile_rows = tl.arange(0, BLOCK_ROWS)[None, :]
+    elements = tl.arange(0, BLOCK_OUTPUTS)[:, None] * BLOCK_ROWS + tile_rows
+    tl.store(sums_ptr + chunk * tile_size + elements, partial)
+    # Every thread's stores are done before one thread tells of them, and whoever comes last
+    # sees all that was told of: the barrier and the atomic's acquire and release order them.
+    tl.debug_barrier()
+    num_arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu")
+    if num_arrived == NUM_CHUNKS - 1:
+        tl.debug_barrier()
+        tl.store(arrivals_ptr + tile, 0)
+        # A part at a time, so that every chunk's loads of it are in flight together.
+        for first in range(0, BLOCK_OUTPUTS, SUM_OUTPUTS):
+            part = first + tl.arange(0, SUM_OUTPUTS)
+            part_ptrs = sums_ptr + part[:, None] * BLOCK_ROWS + tile_rows
+            total = tl.zeros((SUM_OUTPUTS, BLOCK_ROWS), dtype=tl.float32)
+            for added in tl.static_range(NUM_CHUNKS):
+                # Other multiprocessors wrote these: read them where all meet, in L2.
+                total += tl.load(part_ptrs + added * tile_size, cache_modifier=".cg")
+            outputs = output_block * BLOCK_OUTPUTS + part
+            write(total, bias_ptr, out_ptr, out_stride, num_rows, out_features, rows, outputs)
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
 def linear_kernel(
     x_ptr,  # [num_rows, in_features]
     weight_ptr,  # [out_features, in_features], contiguous
@@ -108,10 +143,10 @@ def linear_kernel(
                 x_ptr, weight_ptr, x_stride, num_rows, out_features, in_features, rows, outputs,
                 start, stop, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_K, IS_K_EVEN,
             )  # fmt: skip
-    _write(total, bias_ptr, out_ptr, num_rows, out_features, rows, outputs)
+    write(total, bias_ptr, out_ptr, out_features, num_rows, out_features, rows, outputs)
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
+@triton.jit(do_not_specialize=ANY_VALUE)
 def split_linear_kernel(
     x_ptr,  # [num_rows, in_features]
     weight_ptr,  # [out_features, in_features], contiguous
@@ -146,27 +181,8 @@ def split_linear_kernel(
         x_ptr, weight_ptr, x_stride, num_rows, out_features, in_features, rows, outputs,
         start, stop, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_K, IS_K_EVEN,
     )  # fmt: skip
-
-    tile = (output_block * num_row_blocks + row_block).to(tl.int64)
-    tile_size: tl.constexpr = BLOCK_OUTPUTS * BLOCK_ROWS
-    sums_ptr += tile * (NUM_CHUNKS * tile_size)
-    tile_rows = tl.arange(0, BLOCK_ROWS)[None, :]
-    elements = tl.arange(0, BLOCK_OUTPUTS)[:, None] * BLOCK_ROWS + tile_rows
-    tl.store(sums_ptr + chunk * tile_size + elements, partial)
-    # Every thread's stores are done before one thread tells of them, and whoever comes last
-    # sees all that was told of: the barrier and the atomic's acquire and release order them.
-    tl.debug_barrier()
-    num_arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu")
-    if num_arrived == NUM_CHUNKS - 1:
-        tl.debug_barrier()
-        tl.store(arrivals_ptr + tile, 0)
-        # A part at a time, so that every chunk's loads of it are in flight together.
-        for first in range(0, BLOCK_OUTPUTS, SUM_OUTPUTS):
-            part = first + tl.arange(0, SUM_OUTPUTS)
-            part_ptrs = sums_ptr + part[:, None] * BLOCK_ROWS + tile_rows
-            total = tl.zeros((SUM_OUTPUTS, BLOCK_ROWS), dtype=tl.float32)
-            for added in tl.static_range(NUM_CHUNKS):
-                # Other multiprocessors wrote these: read them where all meet, in L2.
-                total += tl.load(part_ptrs + added * tile_size, cache_modifier=".cg")
-            part_outputs = output_block * BLOCK_OUTPUTS + part
-            _write(total, bias_ptr, out_ptr, num_rows, out_features, rows, part_outputs)
+    tile = output_block * num_row_blocks + row_block
+    add_chunks(
+        partial, chunk, tile, sums_ptr, arrivals_ptr, bias_ptr, out_ptr, out_features, num_rows,
+        out_features, rows, output_block, NUM_CHUNKS, SUM_OUTPUTS, BLOCK_OUTPUTS, BLOCK_ROWS,
+    )  # fmt: skip

@@ -72,9 +72,14 @@ class Chunks:
 
 def chunks(out_features: int, in_features: int) -> Chunks:
     """Cut in_features so that one row alone keeps a large device busy."""
+    return max_programs_chunks(out_features, in_features, unit=BLOCK_K, min_size=_MIN_CHUNK_SIZE)
+
+
+def max_programs_chunks(out_features: int, in_features: int, *, unit: int, min_size: int) -> Chunks:
+    """Cut in_features into as many chunks of min_size or more, multiples of unit, as is wanted."""
     wanted = _MAX_PROGRAMS // ceil_div(out_features, _OUTPUTS_A_PROGRAM)
-    wanted = max(1, min(wanted, _MAX_CHUNKS, in_features // _MIN_CHUNK_SIZE))
-    size = ceil_div(ceil_div(in_features, wanted), BLOCK_K) * BLOCK_K
+    wanted = max(1, min(wanted, _MAX_CHUNKS, in_features // min_size))
+    size = ceil_div(ceil_div(in_features, wanted), unit) * unit
     return Chunks(size=size, count=ceil_div(in_features, size))
 
 
