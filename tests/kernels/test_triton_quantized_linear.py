@@ -137,21 +137,19 @@ def test_every_kind_of_group_multiplies_right(group_size: int, bits: int, offset
         assert_is_product(got, x, weight, bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [0, 1, 17, 65])
-@pytest.mark.parametrize(
-    ("out_features", "in_features", "group_size", "chunk_size"),
-    [
-        (1, 1, WHOLE, None),
-        (33, 67, WHOLE, None),
-        (131, 333, WHOLE, 256),
-        (5, 96, 32, None),
-        (130, 416, 32, 128),
-        (65, 448, 64, 256),
-        (*SPLIT, 32, None),
-    ],
-)
-def test_any_shape_multiplies_right(
+SHAPES = [
+    (1, 1, WHOLE, None),
+    (33, 67, WHOLE, None),
+    (131, 333, WHOLE, 256),
+    (5, 96, 32, None),
+    (130, 416, 32, 128),
+    (65, 448, 64, 256),
+    (*SPLIT, 32, None),
+]
+"""(out_features, in_features, group_size, chunk_size) of layers that no tile or step divides."""
+
+
+def multiply_any_shape(
     num_rows: int,
     out_features: int,
     in_features: int,
@@ -168,6 +166,32 @@ def test_any_shape_multiplies_right(
         got = linear_triton.linear(x.to(DEVICE), pack(weight, chunk_size), None, torch.float32)
         assert got.dtype == torch.float32
         assert_is_product(got, x, weight)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "shape", "dtype"),
+    [
+        *((rows, shape, torch.float16) for shape in SHAPES[:4] for rows in (0, 1, 17, 65)),
+        *((rows, shape, torch.float16) for shape in SHAPES[4:6] for rows in (1, 65)),
+        (17, SHAPES[6], torch.float16),
+        *((3, shape, torch.float32) for shape in SHAPES[:4]),
+        (33, SHAPES[5], torch.float32),
+    ],
+)
+def test_any_shape_multiplies_right(
+    num_rows: int, shape: tuple[int, int, int, int | None], dtype: torch.dtype
+) -> None:
+    multiply_any_shape(num_rows, *shape, dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [0, 1, 17, 65])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_shapes_multiply_right_at_all_numbers_of_rows(
+    num_rows: int, shape: tuple[int, int, int, int | None], dtype: torch.dtype
+) -> None:
+    multiply_any_shape(num_rows, *shape, dtype)
 
 
 def test_scales_and_minimums_of_two_dtypes_lose_no_digit() -> None:

@@ -169,7 +169,7 @@ def _cases_of(capability: int) -> list[CompileCase]:
         _case(capability, uneven, 16),
         _case(capability, uneven, 512),
         _case(capability, rows, 16),
-        _case(capability, split, 32, _FP32),
+        _case(capability, split, 16, _FP32),
         _case(capability, whole_minimums, 512, _FP32),
     ]
 

@@ -72,11 +72,13 @@ def _codes(
 ):  # fmt: skip
     """Codes of a plane less zeros, which hold bias_of(DTYPE) too for 4 bits; all are exact."""
     if BITS == 4:
-        return _nibbles(words, PLANE * 4, DTYPE, IS_COMPILED) - zeros
-    bias: tl.constexpr = bias_of(DTYPE)
-    low = _nibbles(words, PLANE * 8, DTYPE, IS_COMPILED) - bias
-    high = _nibbles(words, PLANE * 8 + 4, DTYPE, IS_COMPILED) - bias
-    return (high * 16 + low) - zeros
+        codes = _nibbles(words, PLANE * 4, DTYPE, IS_COMPILED)
+    else:
+        bias: tl.constexpr = bias_of(DTYPE)
+        low = _nibbles(words, PLANE * 8, DTYPE, IS_COMPILED) - bias
+        high = _nibbles(words, PLANE * 8 + 4, DTYPE, IS_COMPILED) - bias
+        codes = high * 16 + low
+    return codes - zeros
 
 
 @triton.jit

@@ -78,8 +78,8 @@ def _tile(outputs: int, rows: int, num_warps: int) -> QuantizedTile:
 _FEW_ROWS = ((16, _tile(64, 16, 4)), (32, _tile(128, 32, 8)), (64, _tile(128, 64, 8)))
 HALF_TILES = {0: QuantizedTiles(few_rows=_FEW_ROWS, many_rows=_tile(128, 64, 8))}
 """By compute capability; 0 is the default. 128 rows would spill registers on sm_90."""
-FLOAT_TILES = {0: QuantizedTiles(few_rows=((32, _tile(32, 32, 8)),), many_rows=_tile(32, 32, 8))}
-"""As HALF_TILES; float32 is multiplied without tensor cores."""
+FLOAT_TILES = {0: QuantizedTiles(few_rows=((16, _tile(64, 16, 4)),), many_rows=_tile(64, 16, 4))}
+"""As HALF_TILES; float32 is multiplied without tensor cores. Wider tiles spill registers."""
 
 
 def tiles_of(dtype: torch.dtype, capability: int) -> QuantizedTiles:
