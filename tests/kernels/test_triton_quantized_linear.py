@@ -280,10 +280,11 @@ def test_a_chunk_is_summed_alone_and_then_added() -> None:
 
 
 def test_arrivals_are_zero_after_every_launch() -> None:
-    weight = pack(random_weight(70, 512), 128)
+    weight = pack(random_weight(70, 256), 128)
     assert weight.arrivals is not None
+    assert weight.cuts.chunks.count == 2
     for num_rows in ROWS:
-        linear_triton.linear(torch.randn(num_rows, 512, device=DEVICE), weight)
+        linear_triton.linear(torch.randn(num_rows, 256).half().to(DEVICE), weight)
         assert not weight.arrivals.any()
 
 
@@ -299,6 +300,24 @@ def test_results_may_lie_side_by_side() -> None:
         assert torch.equal(place, linear_triton.linear(x, packed))
         start += part.out_features
     assert not together.isnan().any()
+
+
+def test_stacked_weights_give_what_each_gives_alone() -> None:
+    dense = torch.randn(9, 256).half().to(DEVICE)
+    parts = (
+        on_device(random_weight(40, 256)),
+        dense,
+        on_device(random_weight(24, 256, bits=8, group_size=64, has_order=True)),
+    )
+    bias = torch.randn(73).half().to(DEVICE)
+    x = torch.randn(5, 256).half().to(DEVICE)
+    for out_dtype in (None, torch.float32):
+        together = linear_triton.linear(x, linear_triton.pack_weight(parts), bias, out_dtype)
+        alone = [
+            linear_triton.linear(x, linear_triton.pack_weight(part), part_bias, out_dtype)
+            for part, part_bias in zip(parts, bias.split((40, 9, 24)), strict=True)
+        ]
+        assert torch.equal(together, torch.cat(alone, dim=1))
 
 
 def test_nothing_beyond_the_rows_is_read() -> None:

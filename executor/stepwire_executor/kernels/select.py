@@ -98,6 +98,7 @@ def triton_kernels() -> Kernels:
         silu_and_mul=silu_triton.silu_and_mul,
         pack_weight=linear_triton.pack_weight,
         linear=linear_triton.linear,
+        quantized_bits=frozenset({4, 8}),
         summand_dtype=torch.float32,
         sample=sample_triton.sample,
     )

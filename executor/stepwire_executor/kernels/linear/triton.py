@@ -24,7 +24,7 @@ from stepwire_executor.kernels.launch import (
 )
 from stepwire_executor.kernels.linear import reference, triton_quantized
 from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
-from stepwire_executor.kernels.linear.stacked import StackedWeight, multiply_parts, pack_parts
+from stepwire_executor.kernels.linear.stacked import StackedWeight, pack_parts
 from stepwire_executor.kernels.linear.triton_cases import COMPILE_CASES
 from stepwire_executor.kernels.linear.triton_kernel import linear_kernel, split_linear_kernel
 from stepwire_executor.kernels.linear.triton_quantized import GroupedWords
@@ -91,7 +91,7 @@ def linear(
     if isinstance(weight, GroupedWords):
         return triton_quantized.linear(x, weight, bias, out_dtype)
     if isinstance(weight, StackedWeight):
-        return multiply_parts(linear, x, weight, bias, out_dtype)
+        return _multiply_parts(x, weight, bias, out_dtype or x.dtype)
     values = weight.values
     if x.ndim != 2 or x.shape[1] != weight.in_features or x.dtype != values.dtype:
         raise ValueError(
@@ -115,6 +115,21 @@ def linear(
     if bias is not None:
         bias = bias.contiguous()
     (_launch_split if is_split else _launch)(x, weight, bias, out, tile)
+    return out
+
+
+def _multiply_parts(
+    x: Tensor, weight: StackedWeight, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """One part after the other; those in integers write where their outputs belong."""
+    out = torch.empty((x.shape[0], weight.out_features), dtype=out_dtype, device=x.device)
+    for part, columns in weight.columns():
+        place, part_bias = out[:, columns], None if bias is None else bias[columns]
+        if isinstance(part, GroupedWords):
+            triton_quantized.linear(x, part, part_bias, out=place)
+        else:
+            assert isinstance(part, ChunkedWeight)
+            place.copy_(linear(x, part, part_bias, out_dtype))
     return out
 
 

@@ -174,5 +174,10 @@ def _cases_of(capability: int) -> list[CompileCase]:
     ]
 
 
-COMPILE_CASES = tuple(case for capability in MAX_SHARED_BYTES for case in _cases_of(capability))
+# Pipelines of programs that share less are no deeper on every device: those cases are one.
+COMPILE_CASES = tuple(
+    case
+    for capability in MAX_SHARED_BYTES
+    for case in {case.name: case for case in _cases_of(capability)}.values()
+)
 """Configurations that are compiled ahead of time."""
