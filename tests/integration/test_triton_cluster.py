@@ -11,6 +11,9 @@ import torch
 import transformers
 from stepwire_client import Client, LocalCluster, SamplingParams
 from stepwire_client.cluster_config import ClusterConfig
+from stepwire_executor.model import load_model
+from support.dequantising_kernels import dequantising_kernels
+from support.model_steps import CPU, ModelSteps, SteppedSequence
 from support.scheduler_tokenizers import write_tokenizer
 from support.triton_interpreter import IS_INTERPRETED, requires_triton
 
@@ -83,3 +86,46 @@ def test_interpreted_triton_answers_as_torch(tiny_model: Path, kv_cache_dtype: s
             found.append(answers(client))
     assert found[0] == found[1]
     assert len(set(found[0])) == len(PROMPTS)
+
+
+def test_interpreted_triton_serves_int4_as_what_its_integers_stand_for(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model = load_model(
+        tmp_path,
+        dtype="auto",
+        kernels=dequantising_kernels(),
+        device=CPU,
+        quantization="int4",
+        quantization_group_size=32,
+    )
+    prompt = [5, 17, 80, 3, 44, 95, 200]
+    sequence, steps = SteppedSequence(list(prompt)), ModelSteps(model)
+    for _ in range(3):
+        num_new = len(sequence.token_ids) - sequence.num_computed_tokens
+        sequence.token_ids.append(int(steps.step([(sequence, num_new)]).argmax()))
+    with cluster(
+        tmp_path,
+        kernels="triton",
+        quantization="int4",
+        quantization_group_size=32,
+        max_num_seqs=2,
+    ) as client:
+        assert client.get_model().quantization == model.quantization
+        params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.0)
+        answer = client.generate(prompt, params)
+    assert list(answer.token_ids) == sequence.token_ids[len(prompt) :]

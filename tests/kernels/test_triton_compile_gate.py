@@ -18,11 +18,16 @@ pytestmark = pytest.mark.skipif(
 BAD_CASES = """
 import dataclasses
 from stepwire_executor.kernels import compile_gate
-from stepwire_executor.kernels.linear import triton as linear
+from stepwire_executor.kernels.linear import triton as linear, triton_quantized_cases
 from stepwire_executor.kernels.silu_and_mul import triton as silu
 
 good = silu.COMPILE_CASES[0]
 tile = next(case for case in linear.COMPILE_CASES if "fp16 to fp16 128x128" in case.name)
+columns = next(
+    case
+    for case in triton_quantized_cases.COMPILE_CASES
+    if "minimums, fp16 to fp16 64x64" in case.name and case.covers(100)
+)
 for case in (
     good,
     dataclasses.replace(good, expect=frozenset({"wgmma", "async_copies"})),
@@ -31,6 +36,8 @@ for case in (
     dataclasses.replace(tile, num_stages=9),
 ):
     print(*compile_gate.compile_case(case, 90).problems or ["passes"], sep="; ")
+twice = dataclasses.replace(columns, constexprs={**columns.constexprs, "BLOCK_OUTPUTS": 128})
+print(*compile_gate.compile_case(twice, 100).problems, sep="; ")
 """
 
 
@@ -53,12 +60,13 @@ def test_a_good_kernel_passes_with_one_line_a_target() -> None:
 
 def test_what_is_wrong_is_named() -> None:
     done = run("-c", BAD_CASES)
-    good, instruction, argument, registers, shared = done.stdout.splitlines()
+    good, instruction, argument, registers, shared, columns = done.stdout.splitlines()
     assert good == "passes"
     assert instruction == "no async_copies; no wgmma"
     assert argument.startswith("does not compile: ")
     assert "spills " in registers
     assert "bytes of shared memory, of at most 232448" in shared
+    assert columns == "576 columns of tensor memory, of at most 512; no tcgen05"
 
 
 def test_a_name_that_no_case_has_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 """Shared memory that one program may use, by compute capability."""
+MAX_TENSOR_COLUMNS = 512
+"""Columns of tensor memory that one program may use, of devices that have it (sm_100)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +34,9 @@ class CompileCase:
     expect: frozenset[str] = field(default_factory=frozenset)
     """What the code must hold.
 
-    "wgmma" (asked of sm_90 only), "vector_loads" (16 bytes a thread), "async_copies" (16 bytes a
-    thread from global to shared memory, past the registers).
+    "wgmma" (asked of sm_90 only), "tcgen05" (of sm_100 only), "vector_loads"
+    (16 bytes a thread), "async_copies" (16 bytes a thread from global to shared memory, past the
+    registers).
     """
 
     def covers(self, capability: int) -> bool:

@@ -1,7 +1,8 @@
 """`python -m stepwire_executor.kernels.compile_gate`: every Triton kernel, compiled without a GPU.
 
 Each configuration that a kernel's COMPILE_CASES name is compiled for each target, and its code
-must keep within shared memory, spill no register, and hold the instructions it is expected to.
+must keep within shared and tensor memory, spill no register, and hold the instructions it is
+expected to.
 Triton's own cache makes a second run quick.
 """
 
@@ -23,7 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepwire_executor.kernels.compile_case import MAX_SHARED_BYTES, CompileCase
+from stepwire_executor.kernels.compile_case import (
+    MAX_SHARED_BYTES,
+    MAX_TENSOR_COLUMNS,
+    CompileCase,
+)
 
 MODULES = tuple(
     f"stepwire_executor.kernels.{module}"
@@ -40,6 +45,7 @@ MODULES = tuple(
 """Where COMPILE_CASES are."""
 _PATTERNS = {
     "wgmma": re.compile(r"wgmma\.mma_async"),
+    "tcgen05": re.compile(r"tcgen05\.mma"),
     # A load of 16 bytes or more a thread, or an asynchronous copy of 16.
     "vector_loads": re.compile(
         r"ld\.global\S*\.v(4\.[bfu]32|8\.[bfu]32|2\.[bfu]64)|cp\.async\.c[ag]\S*[^;]*, (0x10|16)\b"
@@ -47,6 +53,8 @@ _PATTERNS = {
     ),
     "async_copies": re.compile(r"cp\.async\.cg\S*[^;]*, (0x10|16)\b|cp\.async\.bulk"),
 }
+_ONLY_ON = {"wgmma": 90, "tcgen05": 100}
+"""The one compute capability that has an instruction."""
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 
 
@@ -96,10 +104,14 @@ def compile_case(case: CompileCase, capability: int) -> Report:
     problems = []
     if shared_bytes > limit:
         problems.append(f"{shared_bytes} bytes of shared memory, of at most {limit}")
+    # Above it the compiler leaves one trap in place of all code.
+    num_columns = int(getattr(compiled.metadata, "tmem_size", None) or 0)
+    if num_columns > MAX_TENSOR_COLUMNS:
+        problems.append(f"{num_columns} columns of tensor memory, of at most {MAX_TENSOR_COLUMNS}")
     if local_bytes:
         problems.append(f"spills {local_bytes} bytes a thread")
     for name in sorted(case.expect):
-        if name == "wgmma" and capability != 90:
+        if _ONLY_ON.get(name, capability) != capability:
             continue
         if not _PATTERNS[name].search(compiled.asm["ptx"]):
             problems.append(f"no {name}")

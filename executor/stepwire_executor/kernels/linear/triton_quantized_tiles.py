@@ -75,9 +75,16 @@ def _tile(outputs: int, rows: int, num_warps: int) -> QuantizedTile:
     return QuantizedTile(outputs=outputs, rows=rows, num_warps=num_warps)
 
 
-_FEW_ROWS = ((16, _tile(64, 16, 4)), (32, _tile(128, 32, 8)), (64, _tile(128, 64, 8)))
-HALF_TILES = {0: QuantizedTiles(few_rows=_FEW_ROWS, many_rows=_tile(128, 64, 8))}
-"""By compute capability; 0 is the default. 128 rows would spill registers on sm_90."""
+def _half_tiles(widest: QuantizedTile) -> QuantizedTiles:
+    few_rows = ((16, _tile(64, 16, 4)), (32, _tile(128, 32, 8)), (64, widest))
+    return QuantizedTiles(few_rows=few_rows, many_rows=widest)
+
+
+_WIDE = _half_tiles(_tile(128, 64, 8))
+HALF_TILES = {0: _half_tiles(_tile(64, 64, 8)), 80: _WIDE, 90: _WIDE}
+"""By compute capability; 0 is the default. 128 rows would spill registers on sm_90. The products
+of a step's groups each have their own tensor memory on sm_100: with minimums, and 128 outputs by
+64 rows, 576 of its 512 columns."""
 FLOAT_TILES = {0: QuantizedTiles(few_rows=((16, _tile(64, 16, 4)),), many_rows=_tile(64, 16, 4))}
 """As HALF_TILES; float32 is multiplied without tensor cores. Wider tiles spill registers."""
 
@@ -110,12 +117,14 @@ def cut(
     """Cut a weight. group_size: a multiple of 32, or in_features.
 
     Steps are long where that pads no inputs, groups are no shorter than a plane, and the device
-    has room for several such steps.
+    has room for several such steps; on sm_80 also no group may be of one plane: unrolled, the
+    four of a step would spill registers.
     """
     num_planes = 16 // bits
     is_whole = group_size == in_features
     has_room = capability in MAX_SHARED_BYTES
-    is_long = has_room and in_features % (_LONG * num_planes) == 0 and group_size % _LONG == 0
+    group_unit = 2 * _LONG if capability == 80 else _LONG
+    is_long = has_room and in_features % (_LONG * num_planes) == 0 and group_size % group_unit == 0
     block_words = _LONG if is_long else _SHORT
     step = block_words * num_planes
     num_steps = ceil_div(in_features, step)
