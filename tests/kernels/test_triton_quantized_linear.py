@@ -259,6 +259,7 @@ def test_a_row_has_the_same_bits_in_any_company(
         assert torch.equal(got, together[3 : 3 + num_rows]), num_rows
 
 
+@pytest.mark.long
 def test_every_number_of_rows_gives_the_same_bits() -> None:
     weight = pack(random_weight(17, 96, group_size=32))
     x = torch.randn(66, 96).half().to(DEVICE)
