@@ -1,9 +1,10 @@
 // Attention over bf16 pages for bf16 queries where the CPU multiplies pairs of bf16.
 //
-// Scores are dot products of the queries and keys as they are, weights are rounded to bf16 before
-// they meet the values; sums are float32. A pair of tokens is a pair at absolute positions, and a
-// token that a row does not see is masked in it, so a row's arithmetic depends on its position
-// only, as it does in attention_tile.h.
+// Scores are dot products of the queries and keys as they are; weights are rounded to bf16 before
+// they are summed and meet the values; sums are float32. A split is one softmax: all its scores,
+// then their maximum, then the weights. A pair of tokens is a pair at absolute positions, and what
+// a row does not see is masked in it, so a row's arithmetic depends on its position only, as it
+// does in attention_tile.h.
 #pragma once
 
 #include "attention_tile.h"
@@ -18,19 +19,46 @@ struct Dot {
   using Row = uint32_t;  // of a query: pairs of bf16
   using Query = bf16;
 
+  // A split, laid out for many rows.
+  struct Tile {
+    uint32_t* keys;    // [SPLIT / TILE][dim / 2][TILE], pairs of elements
+    uint32_t* values;  // [SPLIT / 2][dim], pairs of tokens
+  };
+  static constexpr int AHEAD = 32;  // tokens that are asked for before they are read
+  static constexpr int PAIR_TOKENS = 2 * W;  // whose weights are rounded together
+
+  // Tokens whose keys are read next.
+  struct Upcoming {
+    const int64_t* offsets;
+    int64_t count;
+  };
+
   static int64_t dim(const Call& call) { return (call.head_dim + 2 * W - 1) / (2 * W) * (2 * W); }
   static int64_t row_size(const Call& call) { return dim(call) / 2; }
-  // Scores are of unscaled queries.
-  static float score_factor(const Call& call) { return call.scale; }
-
-  struct Tile {
-    uint32_t* keys;    // [dim / 2][TILE], pairs of elements
-    uint32_t* values;  // [TILE / 2][dim], pairs of tokens
-  };
-  static int64_t tile_floats(int64_t dim) { return TILE * dim; }
+  static int64_t tile_floats(int64_t dim) { return SPLIT * dim; }
   static Tile tile(float* memory, int64_t dim) {
     auto* words = reinterpret_cast<uint32_t*>(memory);
-    return {words, words + TILE * dim / 2};
+    return {words, words + SPLIT * dim / 2};
+  }
+
+  // What a score's distance from the maximum is multiplied with, for a power of two.
+  static float exponent_factor(const Call& call) {
+    constexpr float LOG2_E = 1.44269504088896341f;
+    return call.softcap != 0.0f ? LOG2_E : call.scale * LOG2_E;
+  }
+  static float decay(const Call& call, float distance) {
+    return power_of_two(splat(distance * exponent_factor(call)))[0];
+  }
+
+  // 2^x to a relative error of 3e-6, a 700th of what rounding to bf16 makes; exactly 1 at 0.
+  static vf power_of_two(vf x) {
+    const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf p = splat(0.009582852944731712f);
+    p = fma(p, r, splat(0.055906426161527634f));
+    p = fma(p, r, splat(0.24024099111557007f));
+    p = fma(p, r, splat(0.6931241750717163f));
+    p = fma(p, r, splat(1.0f));
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
   }
 
   static void load_query(const Call& call, const bf16* from, uint32_t* to) {
@@ -48,18 +76,29 @@ struct Dot {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
 
+  // Into the second level: what is asked for of the first one waits in its few miss buffers, and
+  // the loads behind it with it (1.6 times slower where nothing is cached).
+  static void prefetch(const bf16* vector, int64_t size) {
+    for (int64_t d = 0; d < size; d += 2 * W) _mm_prefetch(vector + d, _MM_HINT_T1);
+  }
+  // Of up to 16 tokens.
+  static void prefetch(const void* pages, const int64_t* offsets, int64_t count, int64_t size) {
+    for (int64_t t = 0; t < std::min<int64_t>(W, count); ++t)
+      prefetch(static_cast<const bf16*>(pages) + offsets[t], size);
+  }
+
   // Pairs of elements [d, d + 32) of 16 tokens, of which `count` exist: a lane is a token.
-  static void load_keys(const Call& call, const int64_t* vectors, int64_t count, int64_t d,
+  static void load_keys(const Call& call, const int64_t* offsets, int64_t count, int64_t d,
                         vf pairs[W]) {
     const auto* keys = static_cast<const bf16*>(call.key_pages) + d;
     const int64_t width = call.head_dim - d;
     if (count >= W && width >= 2 * W) {
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) pairs[i] = load_as<vf>(keys + vectors[i] * call.head_dim);
+      for (int i = 0; i < W; ++i) pairs[i] = load_as<vf>(keys + offsets[i]);
     } else {
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i)
-        pairs[i] = i < count ? (vf)load_row(keys + vectors[i] * call.head_dim, width) : vf{};
+        pairs[i] = i < count ? (vf)load_row(keys + offsets[i], width) : vf{};
     }
     transpose(pairs);
   }
@@ -76,82 +115,72 @@ struct Dot {
     out[1] = (vu)_mm512_permutex2var_epi16(a, second, b);
   }
 
-  static void load_tile(const Call& call, const Task& task, int64_t start, const Tile& tile) {
-    int64_t vectors[TILE];
-    const int64_t count = find_vectors(call, task, start, vectors), width = dim(call);
-    const auto* values = static_cast<const bf16*>(call.value_pages);
-    for (int64_t t = 0; t < count; t += W)
-      for (int64_t d = 0; d < call.head_dim; d += 2 * W) {
-        vf pairs[W];
-        load_keys(call, vectors + t, count - t, d, pairs);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store_as(tile.keys + (d / 2 + i) * TILE + t, pairs[i]);
-      }
-    for (int64_t t = 0; t < count; t += 2)
-      for (int64_t d = 0; d < call.head_dim; d += 2 * W) {
-        const bf16* even = values + vectors[t] * call.head_dim + d;
-        const bf16* odd = t + 1 < count ? values + vectors[t + 1] * call.head_dim + d : nullptr;
-        vu pair[2];
-        load_values(even, odd, call.head_dim - d, pair);
-        store_as(tile.values + t / 2 * width + d, pair[0]);
-        store_as(tile.values + t / 2 * width + d + W, pair[1]);
-      }
-  }
-
-  template <int ROWS, int VECTORS>
-  static void score_vectors(const Call& call, const uint32_t* query, const Tile& tile,
-                            float* scores) {
-    vf acc[ROWS][VECTORS] = {};
-    const int64_t pairs = row_size(call);
-    for (int64_t d = 0; d < pairs; ++d) {
-      vu keys[VECTORS];
-#pragma GCC unroll 4
-      for (int i = 0; i < VECTORS; ++i) keys[i] = load_as<vu>(tile.keys + d * TILE + i * W);
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        const vu pair = splat(query[r * pairs + d]);
-#pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; ++i) acc[r][i] = multiply(keys[i], pair, acc[r][i]);
-      }
-    }
-    for (int r = 0; r < ROWS; ++r)
-      for (int i = 0; i < VECTORS; ++i) store(scores + r * TILE + i * W, acc[r][i]);
-  }
-
-  // Scores of the first `count` tokens of a tile.
+  // Scores of [low, high) become weights, in pairs of bf16, zeros beside them up to multiples of
+  // PAIR_TOKENS.
   template <int ROWS>
-  static void score(const Call& call, const uint32_t* query, const Tile& tile, int64_t count,
-                    float* scores) {
-    static_assert(TILE == 4 * W, "as many cases as vectors");
-    switch ((count + W - 1) / W) {
-      case 1: return score_vectors<ROWS, 1>(call, query, tile, scores);
-      case 2: return score_vectors<ROWS, 2>(call, query, tile, scores);
-      case 3: return score_vectors<ROWS, 3>(call, query, tile, scores);
-      default: return score_vectors<ROWS, 4>(call, query, tile, scores);
+  static void weigh(const Call& call, const Seen seen[ROWS], float* scores, const Partial& part,
+                    int64_t row, uint32_t* weights) {
+    const float factor = exponent_factor(call);
+    const vu ones = splat(0x3f803f80u);
+    for (int r = 0; r < ROWS; ++r) {
+      float* of_row = scores + r * SPLIT;
+      const int64_t low = seen[r].low, high = seen[r].high;
+      const int64_t first = low / PAIR_TOKENS * PAIR_TOKENS;
+      const int64_t last = (high + PAIR_TOKENS - 1) / PAIR_TOKENS * PAIR_TOKENS;
+      if (call.softcap != 0.0f) {
+        // tanh(x) = 1 - 2 / (e^(2x) + 1)
+        const float doubled = 2.0f * call.scale / call.softcap;
+        for (int64_t t = first; t < last; t += W) {
+          const vf e = exp(load(of_row + t) * doubled);
+          store(of_row + t, call.softcap - 2.0f * call.softcap / (e + 1.0f));
+        }
+      }
+      if (low != first) hide(of_row + first, 0, low - first);
+      if (high != last) hide(of_row + last - PAIR_TOKENS, high - last + PAIR_TOKENS, PAIR_TOKENS);
+      vf best[2] = {splat(-INF), splat(-INF)};
+      for (int64_t t = first; t < last; t += 2 * W)
+        for (int i = 0; i < 2; ++i) best[i] = max(load(of_row + t + i * W), best[i]);
+      part.maximum[row + r] = largest(max(best[0], best[1]));
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      const float* of_row = scores + r * SPLIT;
+      const int64_t low = seen[r].low, high = seen[r].high;
+      const vf maximum = splat(part.maximum[row + r]);
+      vf total = {};
+      for (int64_t t = low / PAIR_TOKENS * PAIR_TOKENS; t < high; t += PAIR_TOKENS) {
+        const vf even = power_of_two((load(of_row + t) - maximum) * factor);
+        const vf odd = power_of_two((load(of_row + t + W) - maximum) * factor);
+        const vu pairs = (vu)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+        store_as(weights + (r * SPLIT + t) / 2, pairs);
+        total = multiply(pairs, ones, total);
+      }
+      part.total[row + r] = sum(total);
     }
   }
 
-  // Weights of tokens [low, high) as pairs of bf16, zeros beside them.
-  static void round_weights(const float* weights, int64_t low, int64_t high, uint32_t* pairs) {
-    for (int64_t t = low / (2 * W) * (2 * W); t < high; t += 2 * W)
-      store_as(pairs + t / 2, (vu)_mm512_cvtne2ps_pbh((__m512)load(weights + t + W),
-                                                      (__m512)load(weights + t)));
+  // Scores [begin, end) of PAIR_TOKENS ones say nothing.
+  static void hide(float* scores, int64_t begin, int64_t end) {
+    const uint32_t hidden = static_cast<uint32_t>((1ull << end) - (1ull << begin));
+    for (int i = 0; i < 2; ++i)
+      store(scores + i * W,
+            (vf)_mm512_mask_mov_ps((__m512)load(scores + i * W),
+                                   static_cast<__mmask16>(hidden >> (i * W)), (__m512)splat(-INF)));
   }
 
-  // weighted = weighted * shrink + weights @ values for ROWS heads and 16 * VECTORS elements, of
-  // pairs that get(pair, values) brings.
+  // weighted += weights @ values for ROWS rows, 16 * VECTORS elements and pairs [first, last) that
+  // get(pair, values) brings.
   template <int ROWS, int VECTORS, class Get>
-  static void accumulate(const uint32_t* weights, const float* shrink, int64_t low, int64_t high,
-                         int64_t dim, float* weighted, Get get) {
+  static void accumulate(const uint32_t* weights, int64_t first, int64_t last, int64_t dim,
+                         float* weighted, Get get) {
     vf acc[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r)
-      for (int i = 0; i < VECTORS; ++i) acc[r][i] = load(weighted + r * dim + i * W) * shrink[r];
-    for (int64_t pair = low / 2; pair < (high + 1) / 2; ++pair) {
+      for (int i = 0; i < VECTORS; ++i) acc[r][i] = load(weighted + r * dim + i * W);
+    for (int64_t pair = first; pair < last; ++pair) {
       vu values[VECTORS];
       get(pair, values);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r) {
-        const vu weight = splat(weights[r * (TILE / 2) + pair]);
+        const vu weight = splat(weights[r * (SPLIT / 2) + pair]);
 #pragma GCC unroll 4
         for (int i = 0; i < VECTORS; ++i) acc[r][i] = multiply(values[i], weight, acc[r][i]);
       }
@@ -160,96 +189,225 @@ struct Dot {
       for (int i = 0; i < VECTORS; ++i) store(weighted + r * dim + i * W, acc[r][i]);
   }
 
+  // Many rows: the split is laid out first.
+
+  static void load_tile(const Call& call, const int64_t* offsets, int64_t begin, int64_t end,
+                        const Tile& tile) {
+    const int64_t width = dim(call), size = call.head_dim;
+    const auto* values = static_cast<const bf16*>(call.value_pages);
+    for (int64_t t = begin / W * W; t < end; t += W) {
+      prefetch(call.value_pages, offsets + t, end - t, size);
+      prefetch(call.key_pages, offsets + t + AHEAD, end - t - AHEAD, size);
+      for (int64_t d = 0; d < size; d += 2 * W) {
+        vf pairs[W];
+        load_keys(call, offsets + t, end - t, d, pairs);
+        uint32_t* to = tile.keys + t / TILE * TILE * width / 2 + d / 2 * TILE + t % TILE;
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store_as(to + i * TILE, pairs[i]);
+      }
+    }
+    for (int64_t t = begin / 2 * 2; t < end; t += 2)
+      for (int64_t d = 0; d < size; d += 2 * W) {
+        vu pair[2];
+        load_values(values + offsets[t] + d, t + 1 < end ? values + offsets[t + 1] + d : nullptr,
+                    size - d, pair);
+        store_as(tile.values + t / 2 * width + d, pair[0]);
+        store_as(tile.values + t / 2 * width + d + W, pair[1]);
+      }
+  }
+
+  // Scores of 16 * VECTORS tokens of a tile.
   template <int ROWS, int VECTORS>
-  static void accumulate_tile(const uint32_t* weights, const float* shrink, int64_t low,
-                              int64_t high, const uint32_t* values, int64_t dim, float* weighted) {
-    accumulate<ROWS, VECTORS>(
-        weights, shrink, low, high, dim, weighted, [&](int64_t pair, vu out[VECTORS]) {
-          // What is not seen may be NaN, and NaN times 0 is not 0.
-          uint32_t seen = 0xffffffff;
-          if (2 * pair < low) seen &= 0xffff0000;
-          if (2 * pair + 1 >= high) seen &= 0x0000ffff;
+  static void score(const uint32_t* query, int64_t pairs, const uint32_t* keys, float* scores) {
+    vf acc[ROWS][VECTORS] = {};
+    for (int64_t d = 0; d < pairs; ++d) {
+      vu k[VECTORS];
 #pragma GCC unroll 4
-          for (int i = 0; i < VECTORS; ++i)
-            out[i] = load_as<vu>(values + pair * dim + i * W) & seen;
-        });
+      for (int i = 0; i < VECTORS; ++i) k[i] = load_as<vu>(keys + d * TILE + i * W);
+#pragma GCC unroll 6
+      for (int r = 0; r < ROWS; ++r) {
+        const vu pair = splat(query[r * pairs + d]);
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; ++i) acc[r][i] = multiply(k[i], pair, acc[r][i]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < VECTORS; ++i) store(scores + r * SPLIT + i * W, acc[r][i]);
   }
 
+  // Pairs [first, last) of one row that sees some of their tokens. What it does not see may be
+  // NaN, and NaN times 0 is not 0.
+  template <int VECTORS>
+  static void accumulate_edge(const uint32_t* weights, Seen seen, int64_t first, int64_t last,
+                              const uint32_t* values, int64_t dim, float* weighted) {
+    accumulate<1, VECTORS>(weights, first, last, dim, weighted, [&](int64_t pair, vu* out) {
+      uint32_t mask = 0xffffffff;
+      if (2 * pair < seen.low) mask &= 0xffff0000;
+      if (2 * pair + 1 >= seen.high) mask &= 0x0000ffff;
+      for (int i = 0; i < VECTORS; ++i) out[i] = load_as<vu>(values + pair * dim + i * W) & mask;
+    });
+  }
+
+  // 16 * VECTORS elements of ROWS rows; what all of them see is multiplied at once.
   template <int ROWS, int VECTORS>
-  static void accumulate_pages(const Call& call, const int64_t* vectors, int64_t d,
-                               const uint32_t* weights, const float* shrink, int64_t low,
-                               int64_t high, float* weighted) {
-    const auto* pages = static_cast<const bf16*>(call.value_pages) + d;
-    const int64_t size = call.head_dim;
-    accumulate<ROWS, VECTORS>(
-        weights, shrink, low, high, dim(call), weighted, [&](int64_t pair, vu out[VECTORS]) {
-          const int64_t t = 2 * pair;
-          const bf16* even = t >= low ? pages + vectors[t] * size : nullptr;
-          const bf16* odd = t + 1 < high ? pages + vectors[t + 1] * size : nullptr;
-#pragma GCC unroll 2
-          for (int i = 0; i < VECTORS; i += 2)
-            load_values(even ? even + i * W : nullptr, odd ? odd + i * W : nullptr,
-                        size - d - i * W, out + i);
-        });
+  static void accumulate_tile(const uint32_t* weights, const Seen seen[ROWS],
+                              const uint32_t* values, int64_t dim, float* weighted) {
+    int64_t begin = 0, end = SPLIT / 2;  // pairs that all rows see
+    for (int r = 0; r < ROWS; ++r) {
+      begin = std::max(begin, (seen[r].low + 1) / 2);
+      end = std::min(end, seen[r].high / 2);
+    }
+    end = std::max(begin, end);
+    const auto edge = [&](int r, int64_t first, int64_t last) {
+      if (first < last)
+        accumulate_edge<VECTORS>(weights + r * (SPLIT / 2), seen[r], first, last, values, dim,
+                                 weighted + r * dim);
+    };
+    const auto last_pair = [&](int r) { return (seen[r].high + 1) / 2; };
+    for (int r = 0; r < ROWS; ++r) edge(r, seen[r].low / 2, std::min(begin, last_pair(r)));
+    accumulate<ROWS, VECTORS>(weights, begin, end, dim, weighted, [&](int64_t pair, vu* out) {
+#pragma GCC unroll 4
+      for (int i = 0; i < VECTORS; ++i) out[i] = load_as<vu>(values + pair * dim + i * W);
+    });
+    for (int r = 0; r < ROWS; ++r) edge(r, std::max(end, seen[r].low / 2), last_pair(r));
   }
 
-  // ROWS heads of one query token meet one tile, of which they see tokens [low, high).
-  template <int ROWS>
-  static void attend_tile(const Call& call, const uint32_t* query, const Tile& tile, int64_t low,
-                          int64_t high, const Partial& part, int64_t row) {
-    const int64_t width = dim(call);
-    alignas(64) float scores[ROWS * TILE];
-    alignas(64) uint32_t weights[ROWS * TILE / 2];
-    float shrink[ROWS];
-    score<ROWS>(call, query + row * row_size(call), tile, high, scores);
-    weigh<ROWS>(call, low, high, scores, part, row, shrink, weights);
+  // see(row): what a row sees.
+  template <int ROWS, class See>
+  static void attend_rows(const Call& call, const uint32_t* query, See see, const Tile& tile,
+                          const Partial& part, int64_t row) {
+    const int64_t width = dim(call), pairs = row_size(call);
+    alignas(64) float scores[ROWS * SPLIT];
+    alignas(64) uint32_t weights[ROWS * SPLIT / 2];
+    Seen seen[ROWS];
+    int64_t low = SPLIT, high = 0;
+    for (int r = 0; r < ROWS; ++r) {
+      seen[r] = see(row + r);
+      low = std::min(low, seen[r].low);
+      high = std::max(high, seen[r].high);
+    }
+    query += row * pairs;
+    for (int64_t t = low / TILE * TILE; t < high; t += TILE) {
+      const uint32_t* keys = tile.keys + t * pairs;
+      if (high - t > TILE / 2)
+        score<ROWS, 4>(query, pairs, keys, scores + t);
+      else
+        score<ROWS, 2>(query, pairs, keys, scores + t);
+    }
+    weigh<ROWS>(call, seen, scores, part, row, weights);
     float* weighted = part.weighted + row * width;
     int64_t d = 0;
     for (; d + 4 * W <= width; d += 4 * W)
-      accumulate_tile<ROWS, 4>(weights, shrink, low, high, tile.values + d, width, weighted + d);
+      accumulate_tile<ROWS, 4>(weights, seen, tile.values + d, width, weighted + d);
     for (; d < width; d += 2 * W)
-      accumulate_tile<ROWS, 2>(weights, shrink, low, high, tile.values + d, width, weighted + d);
+      accumulate_tile<ROWS, 2>(weights, seen, tile.values + d, width, weighted + d);
   }
 
-  // The same straight from the pages: what is read by one token only is not laid out first.
+  // One token of a few heads, straight from the pages.
+
+  // Scores of 32 tokens from t on, of which `end - t` exist.
   template <int ROWS>
-  static void attend_pages(const Call& call, const uint32_t* query, const int64_t* vectors,
-                           int64_t low, int64_t high, const Partial& part, int64_t row) {
-    const int64_t width = dim(call), pairs = row_size(call);
-    alignas(64) float scores[ROWS * TILE];
-    alignas(64) uint32_t weights[ROWS * TILE / 2];
-    float shrink[ROWS];
-    query += row * pairs;
-    for (int64_t t = 0; t < high; t += W) {
-      vf acc[ROWS] = {};
-      for (int64_t d = 0; d < call.head_dim; d += 2 * W) {
+  static void score_pages(const Call& call, const uint32_t* query, const int64_t* offsets,
+                          int64_t t, int64_t end, float* scores) {
+    vf acc[2][ROWS] = {};
+    for (int64_t d = 0; d < call.head_dim; d += 2 * W)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        if (t + half * W >= end) break;
         vf keys[W];
-        load_keys(call, vectors + t, high - t, d, keys);
+        load_keys(call, offsets + t + half * W, end - t - half * W, d, keys);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i)
 #pragma GCC unroll 4
           for (int r = 0; r < ROWS; ++r)
-            acc[r] = multiply((vu)keys[i], splat(query[r * pairs + d / 2 + i]), acc[r]);
+            acc[half][r] = multiply((vu)keys[i], splat(query[r * row_size(call) + d / 2 + i]),
+                                    acc[half][r]);
       }
-      for (int r = 0; r < ROWS; ++r) store(scores + r * TILE + t, acc[r]);
-    }
-    weigh<ROWS>(call, low, high, scores, part, row, shrink, weights);
-    float* weighted = part.weighted + row * width;
-    int64_t d = 0;
-    for (; d + 4 * W <= width; d += 4 * W)
-      accumulate_pages<ROWS, 4>(call, vectors, d, weights, shrink, low, high, weighted + d);
-    for (; d < width; d += 2 * W)
-      accumulate_pages<ROWS, 2>(call, vectors, d, weights, shrink, low, high, weighted + d);
+    for (int r = 0; r < ROWS; ++r)
+      for (int half = 0; half < 2; ++half)
+        store(scores + r * SPLIT + t + half * W, acc[half][r]);
+  }
+
+  template <int ROWS, int VECTORS>
+  static void accumulate_pages(const Call& call, const int64_t* offsets, int64_t d, Seen seen,
+                               const Upcoming& upcoming, const uint32_t* weights, float* weighted) {
+    const auto* pages = static_cast<const bf16*>(call.value_pages) + d;
+    const int64_t size = call.head_dim;
+    const auto get = [&](int64_t pair, vu out[VECTORS]) {
+      const int64_t t = 2 * pair;
+      const bf16* even = t >= seen.low ? pages + offsets[t] : nullptr;
+      const bf16* odd = t + 1 < seen.high ? pages + offsets[t + 1] : nullptr;
+#pragma GCC unroll 2
+      for (int i = 0; i < VECTORS; i += 2)
+        load_values(even ? even + i * W : nullptr, odd ? odd + i * W : nullptr, size - d - i * W,
+                    out + i);
+    };
+    accumulate<ROWS, VECTORS>(weights, seen.low / 2, (seen.high + 1) / 2, dim(call), weighted,
+                              [&](int64_t pair, vu out[VECTORS]) {
+                                if (d == 0 && 2 * pair + 1 < upcoming.count) {
+                                  const auto* keys = static_cast<const bf16*>(call.key_pages);
+                                  prefetch(keys + upcoming.offsets[2 * pair], size);
+                                  prefetch(keys + upcoming.offsets[2 * pair + 1], size);
+                                }
+                                get(pair, out);
+                              });
   }
 
   template <int ROWS>
-  static void weigh(const Call& call, int64_t low, int64_t high, float* scores,
-                    const Partial& part, int64_t row, float* shrink, uint32_t* weights) {
-    for (int r = 0; r < ROWS; ++r) {
-      shrink[r] = softmax_tile(call, low, high, scores + r * TILE, part.maximum[row + r],
-                               part.total[row + r], score_factor(call));
-      round_weights(scores + r * TILE, low, high, weights + r * (TILE / 2));
+  static void attend_pages(const Call& call, const uint32_t* query, const int64_t* offsets,
+                           Seen seen, const Upcoming& upcoming, const Partial& part) {
+    const int64_t width = dim(call);
+    alignas(64) float scores[ROWS * SPLIT];
+    alignas(64) uint32_t weights[ROWS * SPLIT / 2];
+    for (int64_t t = seen.low / (2 * W) * (2 * W); t < seen.high; t += 2 * W) {
+      for (int64_t i = t; i < t + 2 * W; i += W) {
+        prefetch(call.key_pages, offsets + i + AHEAD, seen.high - i - AHEAD, call.head_dim);
+        prefetch(call.value_pages, offsets + i, seen.high - i, call.head_dim);
+      }
+      score_pages<ROWS>(call, query, offsets, t, seen.high, scores);
     }
+    Seen all[ROWS];
+    std::fill_n(all, ROWS, seen);
+    weigh<ROWS>(call, all, scores, part, 0, weights);
+    int64_t d = 0;
+    for (; d + 4 * W <= width; d += 4 * W)
+      accumulate_pages<ROWS, 4>(call, offsets, d, seen, upcoming, weights, part.weighted + d);
+    for (; d < width; d += 2 * W)
+      accumulate_pages<ROWS, 2>(call, offsets, d, seen, upcoming, weights, part.weighted + d);
+  }
+
+  static void attend_split(const Call& call, const Task& task, const uint32_t* query,
+                           int64_t start, int64_t stop, const Place& next, const Tile& tile,
+                           const Partial& part) {
+    const int64_t group = call.group(), rows = task.count * group;
+    const int64_t begin = std::max<int64_t>(0, task.begin(call) - start);
+    int64_t offsets[SPLIT];
+    find_vectors(call, task, start, stop - start, call.head_dim, offsets);
+    part.clear(rows, dim(call));
+    if (task.count == 1 && group <= 4) {
+      int64_t next_offsets[SPLIT];
+      Upcoming upcoming{next_offsets, 0};
+      if (next.task) {
+        upcoming.count = std::min<int64_t>(SPLIT, next.task->end() - next.start);
+        find_vectors(call, *next.task, next.start, upcoming.count, call.head_dim, next_offsets);
+      }
+      const Seen seen(call, task.position, start, SPLIT);
+      switch (group) {
+        case 1: return attend_pages<1>(call, query, offsets, seen, upcoming, part);
+        case 2: return attend_pages<2>(call, query, offsets, seen, upcoming, part);
+        case 3: return attend_pages<3>(call, query, offsets, seen, upcoming, part);
+        case 4: return attend_pages<4>(call, query, offsets, seen, upcoming, part);
+      }
+    }
+    load_tile(call, offsets, begin, stop - start, tile);
+    // Rows that see none of the split are the first ones, or with a window the last ones.
+    const auto seen = [&](int64_t r) { return Seen(call, task.position + r / group, start, SPLIT); };
+    int64_t row = 0, end = rows;
+    while (row < end && seen(row).is_empty()) ++row;
+    while (row < end && seen(end - 1).is_empty()) --end;
+    for (; row + 6 <= end; row += 6) attend_rows<6>(call, query, seen, tile, part, row);
+    for (; row + 3 <= end; row += 3) attend_rows<3>(call, query, seen, tile, part, row);
+    for (; row < end; ++row) attend_rows<1>(call, query, seen, tile, part, row);
   }
 };
 

@@ -14,6 +14,7 @@ namespace stepwire {
 namespace {
 
 constexpr int TILE = 64;
+constexpr int SPLIT = 256;  // whole tiles
 constexpr int SCORE_VECTORS = 4;
 
 using Call = AttentionCall;
@@ -37,14 +38,32 @@ struct Partial {
   }
 };
 
-// Adds what a later part of the context says. Always called, with one split too.
-__attribute__((noinline)) void merge(const Partial& into, const Partial& part, int64_t rows,
-                                     int64_t dim) {
+// Tokens [low, high) of the `size` at `first` that the query token at a position sees.
+struct Seen {
+  int64_t low, high;
+
+  Seen() = default;
+  Seen(const Call& call, int64_t position, int64_t first, int64_t size)
+      : low(call.window ? std::max<int64_t>(0, position - call.window + 1 - first) : 0),
+        high(std::min<int64_t>(size, position + 1 - first)) {}
+  bool is_empty() const { return low >= high; }
+};
+
+// Where a split begins.
+struct Place {
+  const Task* task;  // or null
+  int64_t start;
+};
+
+// Adds what a later part of the context says.
+template <class Kind>
+void merge(const Call& call, const Partial& into, const Partial& part, int64_t rows) {
+  const int64_t dim = Kind::dim(call);
   for (int64_t row = 0; row < rows; ++row) {
     if (part.total[row] == 0.0f) continue;
     const float maximum = std::max(into.maximum[row], part.maximum[row]);
-    const float keep = exp(into.maximum[row] - maximum);
-    const float add = exp(part.maximum[row] - maximum);
+    const float keep = Kind::decay(call, into.maximum[row] - maximum);
+    const float add = Kind::decay(call, part.maximum[row] - maximum);
     into.maximum[row] = maximum;
     into.total[row] = into.total[row] * keep + part.total[row] * add;
     for (int64_t i = row * dim; i < (row + 1) * dim; i += W)
@@ -94,27 +113,23 @@ inline void load_square(const Call& call, const int64_t* vectors, int64_t count,
   for (int i = 0; i < W; ++i) store(keys + (d + i) * TILE, rows[i]);
 }
 
-// Where the keys and values of a tile's tokens lie, in units of head_dim; returns how many there
-// are up to the task's end.
-int64_t find_vectors(const Call& call, const Task& task, int64_t start, int64_t vectors[TILE]) {
-  const int64_t count = std::min<int64_t>(TILE, task.end() - start);
+// Where the keys and values of tokens [start, start + count) lie, in units of 1 / size vectors.
+inline void find_vectors(const Call& call, const Task& task, int64_t start, int64_t count,
+                         int64_t size, int64_t* offsets) {
   const int32_t* blocks = call.block_table + task.seq * call.block_table_stride;
-  int64_t block = start / call.block_size, offset = start % call.block_size;
-  for (int64_t t = 0; t < count; ++t) {
-    vectors[t] = (blocks[block] * call.num_kv_heads + task.kv_head) * call.block_size + offset;
-    if (++offset == call.block_size) {
-      offset = 0;
-      ++block;
-    }
+  int64_t block = start / call.block_size, slot = start % call.block_size;
+  for (int64_t t = 0; t < count; ++block, slot = 0) {
+    const int64_t first = (blocks[block] * call.num_kv_heads + task.kv_head) * call.block_size;
+    const int64_t stop = std::min(count, t + call.block_size - slot);
+    for (; t < stop; ++t, ++slot) offsets[t] = (first + slot) * size;
   }
-  return count;
 }
 
 template <class Page>
 void load_tile(const Call& call, const Task& task, int64_t start, const Tile& tile) {
-  const int64_t dim = call.padded_dim();
+  const int64_t dim = call.padded_dim(), count = std::min<int64_t>(TILE, task.end() - start);
   int64_t vectors[TILE];
-  const int64_t count = find_vectors(call, task, start, vectors);
+  find_vectors(call, task, start, count, 1, vectors);
   for (int64_t t = 0; t < count; t += W) {
     for (int64_t d = 0; d < dim; d += W) {
       const int64_t width = std::min<int64_t>(W, call.head_dim - d);
@@ -151,15 +166,15 @@ void score(const Call& call, const float* query, int64_t query_stride, const Til
 }
 
 // Turns scores of tokens [low, high) of a tile, times factor, into softmax weights; 0 beside them,
-// up to the next multiples of 2 W. Returns how much what was accumulated before must shrink.
+// up to the next multiples of W. Returns how much what was accumulated before must shrink.
 float softmax_tile(const Call& call, int64_t low, int64_t high, float* scores, float& maximum,
-                   float& total, float factor) {
+                   float& total) {
   vi lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
-  const int64_t first = low / (2 * W) * (2 * W), last = (high + 2 * W - 1) / (2 * W) * (2 * W);
+  const int64_t first = low / W * W, last = (high + W - 1) / W * W;
   vf best = splat(-INF);
   for (int64_t t = first; t < last; t += W) {
-    vf s = load(scores + t) * factor;
+    vf s = load(scores + t);
     if (call.softcap != 0.0f) {
       // tanh(x) = 1 - 2 / (e^(2x) + 1)
       const vf doubled = s * (2.0f / call.softcap);
@@ -215,7 +230,7 @@ void attend_tile(const Call& call, const float* query, const Tile& tile, int64_t
   score<ROWS>(call, query + row * dim, dim, tile, high, scores);
   for (int r = 0; r < ROWS; ++r)
     shrink[r] = softmax_tile(call, low, high, scores + r * TILE, part.maximum[row + r],
-                             part.total[row + r], 1.0f);
+                             part.total[row + r]);
   float* weighted = part.weighted + row * dim;
   int64_t d = 0;
   for (; d + 4 * W <= dim; d += 4 * W)
@@ -241,13 +256,26 @@ struct Wide {
       put(to, get(from) * call.scale);
     });
   }
-  static void load_tile(const Call& call, const Task& task, int64_t start, const Tile& tile) {
-    stepwire::load_tile<Page>(call, task, start, tile);
-  }
-  template <int ROWS>
-  static void attend_tile(const Call& call, const float* query, const Tile& tile, int64_t low,
-                          int64_t high, const Partial& part, int64_t row) {
-    stepwire::attend_tile<ROWS>(call, query, tile, low, high, part, row);
+  static float decay(const Call&, float distance) { return exp(distance); }
+
+  // All rows of a task meet the tiles of context [start, stop).
+  static void attend_split(const Call& call, const Task& task, const float* query, int64_t start,
+                           int64_t stop, const Place&, const Tile& tile, const Partial& part) {
+    const int64_t group = call.group();
+    part.clear(task.count * group, dim(call));
+    for (int64_t first = start; first < stop; first += TILE) {
+      if (first + TILE <= task.begin(call)) continue;
+      load_tile<Page>(call, task, first, tile);
+      for (int64_t token = 0; token < task.count; ++token) {
+        const Seen seen(call, task.position + token, first, TILE);
+        if (seen.is_empty()) continue;
+        int64_t head = 0;
+        for (; head + 3 <= group; head += 3)
+          attend_tile<3>(call, query, tile, seen.low, seen.high, part, token * group + head);
+        for (; head < group; ++head)
+          attend_tile<1>(call, query, tile, seen.low, seen.high, part, token * group + head);
+      }
+    }
   }
 };
 

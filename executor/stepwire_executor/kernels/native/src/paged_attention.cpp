@@ -1,7 +1,7 @@
 // Causal attention over KV pages with an online softmax.
 //
-// The context is walked in tiles of 64 tokens and splits of 512, both at absolute positions, and
-// a row's arithmetic inside a tile depends on the row's position only. So its bits do not depend
+// The context is walked in splits of 256 tokens, and tiles of 64, at absolute positions, and a
+// row's arithmetic inside a split depends on the row's position only. So its bits do not depend
 // on how its sequence was cut into chunks, on other rows, on where blocks lie, or on threads.
 
 #include "paged_attention.h"
@@ -15,74 +15,7 @@
 namespace stepwire {
 namespace {
 
-constexpr int SPLIT = 512;
-constexpr int QUERY_ROWS = 48;  // rows that share a tile: query tokens times heads of a group
-
-// Tokens [low, high) of the tile at `first` that the query token at a position sees.
-struct Seen {
-  int64_t low, high;
-
-  Seen(const Call& call, int64_t position, int64_t first)
-      : low(call.window ? std::max<int64_t>(0, position - call.window + 1 - first) : 0),
-        high(std::min<int64_t>(TILE, position + 1 - first)) {}
-};
-
-// All rows of a task meet the tiles of context [start, stop).
-template <class Kind>
-void attend_split_by_tiles(const Call& call, const Task& task, const typename Kind::Row* query,
-                           int64_t start, int64_t stop, const typename Kind::Tile& tile,
-                           const Partial& part) {
-  const int64_t group = call.group();
-  for (int64_t first = start; first < stop; first += TILE) {
-    if (first + TILE <= task.begin(call)) continue;
-    Kind::load_tile(call, task, first, tile);
-    for (int64_t token = 0; token < task.count; ++token) {
-      const Seen seen(call, task.position + token, first);
-      if (seen.low >= seen.high) continue;
-      int64_t head = 0;
-      for (; head + 3 <= group; head += 3)
-        Kind::template attend_tile<3>(call, query, tile, seen.low, seen.high, part,
-                                      token * group + head);
-      for (; head < group; ++head)
-        Kind::template attend_tile<1>(call, query, tile, seen.low, seen.high, part,
-                                      token * group + head);
-    }
-  }
-}
-
-template <class Kind>
-void attend_split(const Call& call, const Task& task, const typename Kind::Row* query,
-                  int64_t start, int64_t stop, const typename Kind::Tile& tile,
-                  const Partial& part) {
-  attend_split_by_tiles<Kind>(call, task, query, start, stop, tile, part);
-}
-
-#ifdef STEPWIRE_ATTENTION_DOT
-// One token of a few heads.
-template <int ROWS>
-void attend_split_from_pages(const Call& call, const Task& task, const uint32_t* query,
-                             int64_t start, int64_t stop, const Partial& part) {
-  for (int64_t first = start; first < stop; first += TILE) {
-    const Seen seen(call, task.position, first);
-    if (seen.low >= seen.high) continue;
-    int64_t vectors[TILE];
-    find_vectors(call, task, first, vectors);
-    Dot::attend_pages<ROWS>(call, query, vectors, seen.low, seen.high, part, 0);
-  }
-}
-
-template <>
-void attend_split<Dot>(const Call& call, const Task& task, const uint32_t* query, int64_t start,
-                       int64_t stop, const Dot::Tile& tile, const Partial& part) {
-  switch (task.count == 1 ? call.group() : 0) {
-    case 1: return attend_split_from_pages<1>(call, task, query, start, stop, part);
-    case 2: return attend_split_from_pages<2>(call, task, query, start, stop, part);
-    case 3: return attend_split_from_pages<3>(call, task, query, start, stop, part);
-    case 4: return attend_split_from_pages<4>(call, task, query, start, stop, part);
-  }
-  attend_split_by_tiles<Dot>(call, task, query, start, stop, tile, part);
-}
-#endif
+constexpr int QUERY_ROWS = 96;  // rows that share a tile: query tokens times heads of a group
 
 template <class Kind>
 void load_query(const Call& call, const Task& task, typename Kind::Row* query) {
@@ -134,21 +67,30 @@ int64_t part_size(int64_t rows, int64_t dim) {
   return (Partial::size(rows, dim) + W - 1) / W * W;
 }
 
-// One thread takes a task through all its splits.
+// Where a task begins, if there is one.
+Place first_place(const Call& call, const AttentionPlan& plan, size_t index) {
+  if (index >= plan.tasks.size()) return {nullptr, 0};
+  return {&plan.tasks[index], plan.tasks[index].begin(call) / SPLIT * SPLIT};
+}
+
+// One thread takes a task through all its splits. What comes next is a guess: as if threads took
+// turns.
 template <class Kind>
 void attend_tasks(const Call& call, const AttentionPlan& plan, const Workspace<Kind>& work) {
-  const int64_t dim = Kind::dim(call), num_tasks = plan.tasks.size();
+  const int64_t num_tasks = plan.tasks.size();
 #pragma omp for schedule(dynamic, 1)
   for (int64_t index = 0; index < num_tasks; ++index) {
     const Task& task = plan.tasks[index];
     const int64_t rows = task.count * call.group();
     load_query<Kind>(call, task, work.query);
-    work.whole.clear(rows, dim);
-    for (int64_t start = task.begin(call) / SPLIT * SPLIT; start < task.end(); start += SPLIT) {
-      work.part.clear(rows, dim);
-      attend_split<Kind>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
-                         work.tile, work.part);
-      merge(work.whole, work.part, rows, dim);
+    const int64_t first = task.begin(call) / SPLIT * SPLIT;
+    for (int64_t start = first; start < task.end(); start += SPLIT) {
+      const Partial& part = start == first ? work.whole : work.part;
+      const int64_t stop = std::min(start + SPLIT, task.end());
+      Place next{&task, stop};
+      if (stop == task.end()) next = first_place(call, plan, index + omp_get_num_threads());
+      Kind::attend_split(call, task, work.query, start, stop, next, work.tile, part);
+      if (start != first) merge<Kind>(call, work.whole, part, rows);
     }
     store_out<Kind>(call, task, work.whole);
   }
@@ -166,17 +108,20 @@ void attend_splits(const Call& call, const AttentionPlan& plan, const Workspace<
     const int64_t start = plan.items[index].start, rows = task.count * call.group();
     const Partial part = Partial::at(parts + index * size, rows, dim);
     load_query<Kind>(call, task, work.query);
-    part.clear(rows, dim);
-    attend_split<Kind>(call, task, work.query, start, std::min(start + SPLIT, task.end()),
+    const int64_t later = index + omp_get_num_threads();
+    Place next{nullptr, 0};
+    if (later < num_items) next = {&plan.tasks[plan.items[later].task], plan.items[later].start};
+    Kind::attend_split(call, task, work.query, start, std::min(start + SPLIT, task.end()), next,
                        work.tile, part);
   }
 #pragma omp for schedule(static)
   for (int64_t index = 0; index < num_tasks; ++index) {
     const int64_t rows = plan.tasks[index].count * call.group();
-    work.whole.clear(rows, dim);
-    for (int64_t item = plan.first_item[index]; item < plan.first_item[index + 1]; ++item)
-      merge(work.whole, Partial::at(parts + item * size, rows, dim), rows, dim);
-    store_out<Kind>(call, plan.tasks[index], work.whole);
+    const int64_t first = plan.first_item[index];
+    const Partial whole = Partial::at(parts + first * size, rows, dim);
+    for (int64_t item = first + 1; item < plan.first_item[index + 1]; ++item)
+      merge<Kind>(call, whole, Partial::at(parts + item * size, rows, dim), rows);
+    store_out<Kind>(call, plan.tasks[index], whole);
   }
 }
 
