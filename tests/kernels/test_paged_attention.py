@@ -71,7 +71,9 @@ def check(
         assert error <= TOLERANCE[dtype] * max(1.0, float(values[i].abs().max())), error
 
 
-@pytest.mark.parametrize("seq_len", [1, 2, 15, 16, 17, 63, 64, 65, 511, 512, 513, 1100])
+@pytest.mark.parametrize(
+    "seq_len", [1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1100]
+)
 def test_one_query_attends_to_exactly_its_context(kernels: Kernels, seq_len: int) -> None:
     check(kernels, [1], [seq_len])
 

@@ -287,12 +287,15 @@ struct Dot {
       high = std::max(high, seen[r].high);
     }
     query += row * pairs;
+    static_assert(TILE == 4 * W, "as many cases as vectors");
     for (int64_t t = low / TILE * TILE; t < high; t += TILE) {
       const uint32_t* keys = tile.keys + t * pairs;
-      if (high - t > TILE / 2)
-        score<ROWS, 4>(query, pairs, keys, scores + t);
-      else
-        score<ROWS, 2>(query, pairs, keys, scores + t);
+      switch (std::min<int64_t>(TILE, high - t + W - 1) / W) {
+        case 1: score<ROWS, 1>(query, pairs, keys, scores + t); break;
+        case 2: score<ROWS, 2>(query, pairs, keys, scores + t); break;
+        case 3: score<ROWS, 3>(query, pairs, keys, scores + t); break;
+        default: score<ROWS, 4>(query, pairs, keys, scores + t);
+      }
     }
     weigh<ROWS>(call, seen, scores, part, row, weights);
     float* weighted = part.weighted + row * width;

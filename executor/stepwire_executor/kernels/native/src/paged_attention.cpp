@@ -40,8 +40,9 @@ void store_out(const Call& call, const Task& task, const Partial& whole) {
       const float* from = whole.weighted + row * dim;
       auto* to = static_cast<typename Kind::Query*>(call.out) +
                  ((first + token) * call.num_heads + task.kv_head * group + head) * call.head_dim;
+      const float factor = call.value_factor / whole.total[row];
       for_vectors(call.head_dim, [&](int64_t, auto get, auto put) {
-        put(to, get(from) * call.value_factor / whole.total[row]);
+        put(to, get(from) * factor);
       });
     }
 }
