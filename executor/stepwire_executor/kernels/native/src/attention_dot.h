@@ -338,6 +338,11 @@ struct Dot {
     const int64_t size = call.head_dim;
     const auto get = [&](int64_t pair, vu out[VECTORS]) {
       const int64_t t = 2 * pair;
+      if (d == 0 && t + 1 < upcoming.count) {
+        const auto* keys = static_cast<const bf16*>(call.key_pages);
+        prefetch(keys + upcoming.offsets[t], size);
+        prefetch(keys + upcoming.offsets[t + 1], size);
+      }
       const bf16* even = t >= seen.low ? pages + offsets[t] : nullptr;
       const bf16* odd = t + 1 < seen.high ? pages + offsets[t + 1] : nullptr;
 #pragma GCC unroll 2
@@ -346,14 +351,7 @@ struct Dot {
                     out + i);
     };
     accumulate<ROWS, VECTORS>(weights, seen.low / 2, (seen.high + 1) / 2, dim(call), weighted,
-                              [&](int64_t pair, vu out[VECTORS]) {
-                                if (d == 0 && 2 * pair + 1 < upcoming.count) {
-                                  const auto* keys = static_cast<const bf16*>(call.key_pages);
-                                  prefetch(keys + upcoming.offsets[2 * pair], size);
-                                  prefetch(keys + upcoming.offsets[2 * pair + 1], size);
-                                }
-                                get(pair, out);
-                              });
+                              get);
   }
 
   template <int ROWS>
@@ -404,7 +402,9 @@ struct Dot {
     }
     load_tile(call, offsets, begin, stop - start, tile);
     // Rows that see none of the split are the first ones, or with a window the last ones.
-    const auto seen = [&](int64_t r) { return Seen(call, task.position + r / group, start, SPLIT); };
+    const auto seen = [&](int64_t r) {
+      return Seen(call, task.position + r / group, start, SPLIT);
+    };
     int64_t row = 0, end = rows;
     while (row < end && seen(row).is_empty()) ++row;
     while (row < end && seen(end - 1).is_empty()) --end;

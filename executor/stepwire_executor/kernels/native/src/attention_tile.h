@@ -119,7 +119,9 @@ inline void find_vectors(const Call& call, const Task& task, int64_t start, int6
   const int32_t* blocks = call.block_table + task.seq * call.block_table_stride;
   int64_t block = start / call.block_size, slot = start % call.block_size;
   for (int64_t t = 0; t < count; ++block, slot = 0) {
-    const int64_t first = (blocks[block] * call.num_kv_heads + task.kv_head) * call.block_size;
+    // Tables need no blocks before a window: what is read there is masked, and must be readable.
+    const int64_t id = std::clamp<int64_t>(blocks[block], 0, call.num_blocks - 1);
+    const int64_t first = (id * call.num_kv_heads + task.kv_head) * call.block_size;
     const int64_t stop = std::min(count, t + call.block_size - slot);
     for (; t < stop; ++t, ++slot) offsets[t] = (first + slot) * size;
   }
