@@ -1,8 +1,7 @@
 """Linear layers by the native library over weights in integers, in panels of 32 outputs.
 
-Each row's inputs are rounded to 8 bits, 32 of them with one scale, and multiplied with the codes
-in integers. The arithmetic is laid down in src/quantized_linear.cpp, and in torch in
-quantized_reference.py.
+Inputs stay as they are and codes meet them as floats; the arithmetic is laid down in
+src/quantized_linear.cpp.
 """
 
 from __future__ import annotations
@@ -16,24 +15,22 @@ from torch.nn import functional
 
 from stepwire_executor.kernels.interface import QuantizedRows
 from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
-from stepwire_executor.kernels.linear.quantized_reference import BLOCK, check_groups
+from stepwire_executor.kernels.linear.quantized_reference import check_groups
 from stepwire_executor.kernels.native.library import COMPUTE_DTYPES, DTYPE_CODES, NativeLibrary
 
 _PANEL = 32
 """Outputs that are computed together; PANEL in quantized_linear.h."""
 _ONE_ZERO, _GROUP_ZEROS, _MINIMUMS = range(3)
 """OffsetKind in quantized_linear.h."""
-_DEPTH = 4
-"""Neighbouring codes of an output that lie side by side."""
+_BLOCK = 32
+"""Inputs of which a chain of sums has a whole number; BLOCK in quantized_linear.h."""
 
 
 class QuantizedWeightFields(ctypes.Structure):
     """QuantizedWeight in quantized_linear.h; does not keep its tensors."""
 
     _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
+        ("data", ctypes.c_void_p),
         ("input_order", ctypes.c_void_p),
         ("bits", ctypes.c_int64),
         ("group_size", ctypes.c_int64),
@@ -51,12 +48,9 @@ class QuantizedWeightFields(ctypes.Structure):
 class QuantizedPanelWeight:
     """A weight in integers in the order in which the native kernel reads it, zero-padded."""
 
-    codes: Tensor
-    """[panels, in_features / 8 or in_features / 4, 32, 4] uint8, for 4 or 8 bits."""
-    scales: Tensor
-    """[panels, num_groups, 32] float16, bfloat16 or float32: the narrowest that holds them."""
-    offsets: Tensor | None
-    """[panels, num_groups, 32]: zero points, uint8, or minimums; None with one zero point."""
+    data: Tensor
+    """[panels, num_groups, bytes] uint8: of each group 32 scales, in the narrowest float dtype
+    that holds them all; 32 zero points or minimums, unless there is one zero point; then codes."""
     input_order: Tensor | None
     """[in_features] int64; see GroupQuantized."""
     fields: QuantizedWeightFields
@@ -75,8 +69,7 @@ class QuantizedPanelWeight:
     @property
     def num_bytes(self) -> int:
         """Memory the weight takes."""
-        tensors = (self.codes, self.scales, self.offsets, self.input_order)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return self.data.nbytes + (0 if self.input_order is None else self.input_order.nbytes)
 
     @property
     def address(self) -> int:
@@ -93,35 +86,31 @@ def pack_groups(
     groups cut the blocks of 32 inputs.
     """
     check_groups(weight)
-    if sum_unit is not None and (sum_unit < 1 or sum_unit % BLOCK):
-        raise ValueError(f"sum_unit must be a positive multiple of {BLOCK}, not {sum_unit}")
+    if sum_unit is not None and (sum_unit < 1 or sum_unit % _BLOCK):
+        raise ValueError(f"sum_unit must be a positive multiple of {_BLOCK}, not {sum_unit}")
     out_features, in_features = weight.codes.shape
-    num_panels = -(-out_features // _PANEL)
-    source = weight.codes.contiguous()
-    depth = _DEPTH * (8 // weight.bits)
-    codes = torch.empty((num_panels, in_features // depth, _PANEL, _DEPTH), dtype=torch.uint8)
-    library.pack_codes(
-        source.data_ptr(),
-        weight.bits,
-        out_features,
-        in_features,
-        codes.data_ptr(),
-        torch.get_num_threads(),
-    )
-    scales = _panels(_narrowest(weight.scales))
+    scales = _narrowest(weight.scales)
     kind, zero, offsets = _MINIMUMS, 0, weight.minimums
     if offsets is not None:
-        offsets = _panels(_narrowest(offsets))
+        offsets = _narrowest(offsets)
     else:
         assert weight.zeros is not None
         kind, zero = _ONE_ZERO, int(weight.zeros[0, 0])
         if bool((weight.zeros != zero).any()):
-            kind, offsets = _GROUP_ZEROS, _panels(weight.zeros)
+            kind, zero, offsets = _GROUP_ZEROS, 0, weight.zeros
+    headers = [scales] if offsets is None else [scales, offsets]
+    header_bytes = _PANEL * sum(tensor.element_size() for tensor in headers)
+    group_bytes = header_bytes + _PANEL * weight.group_size * weight.bits // 8
+    num_panels = -(-out_features // _PANEL)
+    data = torch.empty((num_panels, scales.shape[1], group_bytes), dtype=torch.uint8)
+    start = 0
+    for tensor in headers:
+        stop = start + _PANEL * tensor.element_size()
+        data[:, :, start:stop] = _panels(tensor).view(torch.uint8)
+        start = stop
     order = None if weight.input_order is None else weight.input_order.contiguous()
     fields = QuantizedWeightFields(
-        codes=codes.data_ptr(),
-        scales=scales.data_ptr(),
-        offsets=0 if offsets is None else offsets.data_ptr(),
+        data=data.data_ptr(),
         input_order=0 if order is None else order.data_ptr(),
         bits=weight.bits,
         group_size=weight.group_size,
@@ -131,11 +120,11 @@ def pack_groups(
         zero=zero,
         out_features=out_features,
         in_features=in_features,
-        chain_blocks=(sum_unit or in_features) // BLOCK,
+        chain_blocks=(sum_unit or in_features) // _BLOCK,
     )
-    return QuantizedPanelWeight(
-        codes=codes, scales=scales, offsets=offsets, input_order=order, fields=fields
-    )
+    codes = weight.codes.contiguous()
+    library.pack_codes(ctypes.addressof(fields), codes.data_ptr(), torch.get_num_threads())
+    return QuantizedPanelWeight(data=data, input_order=order, fields=fields)
 
 
 def multiply_into(

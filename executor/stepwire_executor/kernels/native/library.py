@@ -34,7 +34,7 @@ _SIGNATURES: dict[str, tuple[type[ctypes.c_int64] | None, str]] = {
     "stepwire_linear_takes_bf16": (_INT, ""),
     "stepwire_linear": (None, "pi pi pi pi iiiii"),
     "stepwire_quantized_linear": (None, "p pii pi piii i"),
-    "stepwire_pack_codes": (None, "piiipi"),
+    "stepwire_pack_codes": (None, "ppi"),
     "stepwire_quantized_rows": (_INT, "ppipii"),
     "stepwire_rms_norm": (None, "piii pi ppf iiii"),
     "stepwire_silu_and_mul": (None, "pii p iii"),

@@ -1,18 +1,21 @@
 // Linear layers over weights in integers of 4 or 8 bits.
 //
-// Each 32 neighbouring inputs of a row, a block, are rounded to a float32 scale and codes of 8
-// bits; the two steps of 4 inputs that hold the largest get a second digit of 8 bits, and no say in
-// the scale. A few inputs are far larger than the others in every model: with one scale for all
-// they cost the rest of their block its precision (0.5% of perplexity, measured).
-//
-// A block's products are summed in integers, exactly, so that any instruction and any order
-// gives the same bits. Blocks are added in float32, in order, each step rounded once:
-//   zeros:    acc = fma(weight_scale * x_scale, float(dot - zero * sum), acc)
-//   minimums: acc = fma(weight_scale * x_scale, float(dot), acc),
-//             then fma(minimum, x_scale * sum, acc)
-// with dot the sum of products of codes and sum that of x's codes. As in linear.cpp, an output is
-// one such chain or several of a fixed length, added in float64, whatever the number of rows and
+// Codes become floats without an error (bf16 holds the integers to 256) and meet the inputs as they
+// are. A piece is the inputs of a group, or as many as divide both it and a chain (below). With dot
+// the sum over a piece of x[k] * (code[k] - zero), zero being 0 unless the weight has one for all
+// codes, an output is the sum of its pieces in order, in float32, each step rounded once:
+//   acc = fma(scale, dot, acc)
+//   acc = fma(minimum, sum of the piece's x, acc), unless there is one zero for all
+// with minimum = -(scale * zero) where groups have zeros. dot is one chain of multiply-adds over
+// pairs of inputs, the odd one first, as dpbf16ps adds them. As in linear.cpp, an output is one
+// chain of pieces or several of a fixed length, added in float64, whatever the number of rows and
 // threads.
+//
+// Without dpbf16ps, and for x in float32 or f16, everything is in float32, in the same order: the
+// same bits, except that dpbf16ps takes and gives zero for what is below 2^-126.
+//
+// Few rows are multiplied straight from the codes, which is no slower than reading them. For more,
+// the codes of a panel of outputs are unpacked once and stay in the second-level cache.
 
 #include "quantized_linear.h"
 
@@ -27,97 +30,125 @@ namespace {
 
 using namespace quantized;
 
-constexpr int STEPS = BLOCK / DEPTH;
-constexpr int WIDE = 2;  // steps of a block with two digits
-constexpr int DIGIT = 7;  // bits of the lower one
-constexpr int V = 2;  // vectors of outputs that are computed together
-// Rows that fit in registers: as many sums of integers as of floats, V of each a row.
+constexpr int P = PANEL / W;  // vectors in a panel
+constexpr int V = 2;          // vectors of outputs that are computed together
+// Rows that fit in registers: V sums of pieces and V sums of a piece each.
 #ifdef STEPWIRE_AVX512
-constexpr int MAX_ROWS = 6;
+constexpr int DOT_ROWS = 6, WIDE_ROWS = 4;
 #else
-constexpr int MAX_ROWS = 2;
+constexpr int WIDE_ROWS = 2;
 #endif
-// Of which so many are multiplied side by side: one row's sum waits for itself, and sums of more
-// would not fit in registers beside a block of codes.
-constexpr int TOGETHER = 2;
-// So few are quantised by each thread for itself, which takes less than a barrier.
-constexpr int64_t FEW_ROWS = 2;
-// Of quantised rows that are worked on together: half of a second-level cache of 1 MiB.
+// So many times codes are unpacked where they are multiplied; oftener, once and for all.
+constexpr int64_t DIRECT_TILES = 2;
+// So few are laid out by each thread for itself, which takes less than a barrier.
+constexpr int64_t FEW_ROWS = 8;
+// Of rows that are worked on together: half of a second-level cache of 1 MiB.
 constexpr int64_t TILE_BYTES = 512 << 10;
-// Below the smallest such magnitude a block counts as zero: 127 / base must not overflow.
-constexpr float TINY = 0x1p-100f;
+constexpr int SUM_LANES = 16;
 
-// MAX_ROWS rows' codes of one block of inputs, and what their products are scaled with.
-struct Rows {
-  int8_t codes[STEPS][MAX_ROWS][DEPTH];   // the lower digits
-  int8_t upper[WIDE][MAX_ROWS][DEPTH];    // of the wide steps
-  uint8_t wide_steps[WIDE][MAX_ROWS];
-  float scales[MAX_ROWS];
-  union {
-    int32_t starts[MAX_ROWS];  // ONE_ZERO: -zero * sum; GROUP_ZEROS: sum
-    float sums[MAX_ROWS];      // MINIMUMS: scale * sum
+// How pairs of inputs and of codes are multiplied.
+
+struct Wide {
+  static constexpr int MAX_ROWS = WIDE_ROWS;
+  struct Pair {
+    float even, odd;
   };
-};
-
-// Integer sums of products of unsigned codes and x's.
-#if defined(STEPWIRE_AVX512) && defined(__AVX512VNNI__)
-
-template <int BITS>
-struct Dot {
-  vi sum;
-  void start(int32_t value) { sum = value + vi{}; }
-  void add(vu codes, const int8_t* x) {
-    uint32_t four;
-    std::memcpy(&four, x, sizeof four);
-    sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)splat(four));
+  struct Values {
+    vf even, odd;
+  };
+  template <class T>
+  static Pair pair(const T* x) {
+    return {to_float32(x[0]), to_float32(x[1])};
   }
-  vi total() const { return sum; }
-};
-
-#else
-
-typedef int16_t vs __attribute__((vector_size(STEPWIRE_VECTOR_BYTES)));
-
-// Pairs of products, which must fit in 16 bits: those of a whole block of 4-bit codes do.
-inline vs multiply_pairs(vu codes, vu x) {
-#ifdef STEPWIRE_AVX512
-  return (vs)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x);
-#else
-  return (vs)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
-#endif
-}
-
-inline vi add_pairs(vs x) {
-#ifdef STEPWIRE_AVX512
-  return (vi)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1));
-#else
-  return (vi)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1));
-#endif
-}
-
-template <int BITS>
-struct Dot {
-  int32_t first;
-  vs low, high;  // of the codes' halves
-  void start(int32_t value) {
-    first = value;
-    low = high = vs{};
+  static vf multiply(Values w, Pair x, vf acc) {
+    return fma(w.even, splat(x.even), fma(w.odd, splat(x.odd), acc));
   }
-  void add(vu codes, const int8_t* x) {
-    uint32_t four;
-    std::memcpy(&four, x, sizeof four);
-    if (BITS == 8) {
-      high += multiply_pairs((codes >> 4) & 0x0f0f0f0f, splat(four));
-      codes &= 0x0f0f0f0f;
+
+  template <int BITS>
+  struct Unpack {
+    vi zero;
+    explicit Unpack(int64_t zero_code) : zero(vi{} + static_cast<int32_t>(zero_code)) {}
+    Values operator()(vu words, int step) const {
+      const int even = BITS == 4 ? 4 * step : 16 * step;
+      const int odd = BITS == 4 ? even + 16 : even + 8;
+      return {code(words >> even), code(words >> odd)};
     }
-    low += multiply_pairs(codes, splat(four));
+    vf code(vu shifted) const {
+      return stepwire::to_float((vi)(shifted & ((1u << BITS) - 1)) - zero);
+    }
+  };
+
+ private:
+  static float to_float32(float x) { return x; }
+  static float to_float32(bf16 x) { return widen(x); }
+  static float to_float32(f16 x) { return _cvtsh_ss(x.bits); }
+};
+
+#if defined(STEPWIRE_AVX512) && defined(__AVX512BF16__)
+#define STEPWIRE_DOT 1
+struct Dot {
+  static constexpr int MAX_ROWS = DOT_ROWS;
+  using Pair = uint32_t;
+  using Values = vu;
+  static Pair pair(const bf16* x) {
+    Pair pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return pair;
   }
-  vi total() const {
-    const vi sum = BITS == 8 ? add_pairs(low) + (add_pairs(high) << 4) : add_pairs(low);
-    return sum + first;
+  static vf multiply(Values w, Pair x, vf acc) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)splat(x));
+  }
+
+  template <int BITS>
+  struct Unpack;
+};
+
+// Codes of 4 bits are looked up, 32 of them by the low five bits of their lanes: of which the
+// uppermost is the next code's, so the table has everything twice.
+template <>
+struct Dot::Unpack<4> {
+  __m512i table;
+  explicit Unpack(int64_t zero) {
+    uint16_t values[32];
+    for (int i = 0; i < 32; ++i) {
+      const float value = static_cast<float>(i % 16 - zero);
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      values[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    table = _mm512_loadu_si512(values);
+  }
+  Values operator()(vu words, int step) const {
+    return (Values)_mm512_permutexvar_epi16((__m512i)(words >> (4 * step)), table);
   }
 };
 
+// Codes of 8 bits become floats in the low bits of 2^23 and of 2^15.
+template <>
+struct Dot::Unpack<8> {
+  vf even_base, odd_base;
+  __m512i uppers;  // of each lane: the upper half of the one, then of the other
+  explicit Unpack(int64_t zero)
+      : even_base(splat(0x1p23f + static_cast<float>(zero))),
+        odd_base(splat(0x1p15f + static_cast<float>(zero))) {
+    uint16_t lanes[32];
+    for (int i = 0; i < 16; ++i) {
+      lanes[2 * i] = static_cast<uint16_t>(2 * i + 1);
+      lanes[2 * i + 1] = static_cast<uint16_t>(32 + 2 * i + 1);
+    }
+    uppers = _mm512_loadu_si512(lanes);
+  }
+  Values operator()(vu words, int step) const {
+    const __m512i w = (__m512i)(step ? words >> 16 : words);
+    constexpr int AND_OR = 0xea;
+    const vf even = (vf)_mm512_ternarylogic_epi32(w, _mm512_set1_epi32(0xff),
+                                                  _mm512_set1_epi32(0x4b000000), AND_OR);
+    const vf odd = (vf)_mm512_ternarylogic_epi32(w, _mm512_set1_epi32(0xff00),
+                                                 _mm512_set1_epi32(0x47000000), AND_OR);
+    return (Values)_mm512_permutex2var_epi16((__m512i)(even - even_base), uppers,
+                                             (__m512i)(odd - odd_base));
+  }
+};
 #endif
 
 // The n-th vector of W values of a dtype.
@@ -129,40 +160,9 @@ inline vf load_scales(const void* p, int64_t dtype, int64_t n) {
   }
 }
 
-inline vi load_zeros(const void* p, int64_t n) {
-  return __builtin_convertvector(load_as<vb>(static_cast<const uint8_t*>(p) + n * W), vi);
-}
-
-constexpr int64_t size_of(int64_t dtype) { return dtype == F32 ? 4 : dtype == F64 ? 8 : 2; }
-
-// Each four lanes' largest, in all four.
-inline vi largest_of_steps(vi x) {
-#ifdef STEPWIRE_AVX512
-  const vi swapped = (vi)_mm512_shuffle_epi32((__m512i)x, _MM_PERM_CDAB);
-  x = swapped > x ? swapped : x;
-  const vi halves = (vi)_mm512_shuffle_epi32((__m512i)x, _MM_PERM_BADC);
-#else
-  const vi swapped = (vi)_mm256_shuffle_epi32((__m256i)x, 0xb1);
-  x = swapped > x ? swapped : x;
-  const vi halves = (vi)_mm256_shuffle_epi32((__m256i)x, 0x4e);
-#endif
-  return halves > x ? halves : x;
-}
-
-inline float as_float(int32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline int32_t sum_lanes(vi x) {
-#ifdef STEPWIRE_AVX512
-  return _mm512_reduce_add_epi32((__m512i)x);
-#else
-  int32_t lanes[W];
-  store_as(lanes, x);
-  return std::accumulate(lanes, lanes + W, 0);
-#endif
+inline vf load_zeros(const void* p, int64_t n) {
+  return to_float(
+      __builtin_convertvector(load_as<vb>(static_cast<const uint8_t*>(p) + n * W), vi));
 }
 
 struct Call {
@@ -173,92 +173,108 @@ struct Call {
   int64_t bias_dtype;
   void* out;
   int64_t out_stride, out_dtype;
-  int64_t num_rows, num_blocks;
+  int64_t num_rows;
+  int64_t piece_size;  // inputs; a multiple of 32
+  // Rows of a tile, which are multiplied together; the last tile may have fewer.
+  int64_t tile_rows, num_tiles;
+
+  int64_t num_pieces() const { return weight.in_features / piece_size; }
+  int64_t chain_pieces() const { return weight.chain_blocks * BLOCK / piece_size; }
+  int64_t rows_of(int64_t tile) const { return std::min(tile_rows, num_rows - tile * tile_rows); }
 };
 
-// Rounds a block. One that holds what is not finite gets a scale of NaN.
-template <class T>
-void quantize_block(const T* x, Rows& block, int row, const QuantizedWeight& weight) {
-  constexpr int N = BLOCK / W;
-  vf values[N];
-  int32_t largest[BLOCK];  // magnitudes, whose bits are ordered as they are; NaN is above infinity
-  for (int i = 0; i < N; ++i) {
-    values[i] = load(x + i * W);
-    store_as(largest + i * W, largest_of_steps((vi)values[i] & 0x7fffffff));
-  }
-  // The WIDE largest steps, the first of equal ones, and the largest of the others.
-  int32_t tops[WIDE + 1];
-  int wide[WIDE + 1];
-  for (int t = 0; t <= WIDE; ++t) {
-    tops[t] = -1;
-    for (int step = 0; step < STEPS; ++step)
-      if (largest[step * DEPTH] > tops[t]) {
-        tops[t] = largest[step * DEPTH];
-        wide[t] = step;
-      }
-    if (t < WIDE) largest[wide[t] * DEPTH] = -1;
-  }
-  const float amax = as_float(tops[0]);
-  const bool is_finite = amax < INF;
-  const bool is_zero = amax < TINY;
-  const float base = std::max(as_float(tops[WIDE]), amax * (1.0f / (1 << DIGIT)));
-  const float inverse = is_finite && !is_zero ? 127.0f / base : 0.0f;
-  const float scale = !is_finite ? std::numeric_limits<float>::quiet_NaN()
-                      : is_zero  ? 0.0f
-                                 : base / 127.0f;
-  int32_t codes[BLOCK];
-  vi sums = {};
-  for (int i = 0; i < N; ++i) {
-    const vi rounded = to_int(round_even(is_finite ? values[i] * inverse : vf{}));
-    sums += rounded;
-    store_as(codes + i * W, rounded);
-  }
-  for (int t = 0; t < WIDE; ++t) {
-    block.wide_steps[t][row] = static_cast<uint8_t>(wide[t]);
-    for (int d = 0; d < DEPTH; ++d) {
-      int32_t& code = codes[wide[t] * DEPTH + d];
-      const int32_t upper = (code + (1 << (DIGIT - 1))) >> DIGIT;
-      block.upper[t][row][d] = static_cast<int8_t>(upper);
-      code -= upper * (1 << DIGIT);
-    }
-  }
-  for (int step = 0; step < STEPS; ++step)
-    for (int d = 0; d < DEPTH; ++d)
-      block.codes[step][row][d] = static_cast<int8_t>(codes[step * DEPTH + d]);
-  const int32_t sum = sum_lanes(sums);
-  block.scales[row] = scale;
-  switch (weight.offset_kind) {
-    case ONE_ZERO: block.starts[row] = -static_cast<int32_t>(weight.zero) * sum; break;
-    case GROUP_ZEROS: block.starts[row] = sum; break;
-    case MINIMUMS: block.sums[row] = scale * static_cast<float>(sum); break;
-  }
-}
+// Where V vectors of outputs come from: the weight's own words.
+template <class Kind, int BITS, bool HAS_MINIMUM>
+class Words {
+ public:
+  using Values = typename Kind::Values;
+  static constexpr int STEPS = 16 / BITS;  // of two inputs, in a unit
 
-template <class T>
-void quantize_row(const Call& call, int64_t row, Rows* blocks, int place) {
-  const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
-  const int64_t* order = call.weight.input_order;
-  for (int64_t block = 0; block < call.num_blocks; ++block, x += order ? 0 : BLOCK) {
-    if (!order) {
-      quantize_block(x, blocks[block], place, call.weight);
-      continue;
-    }
-    T gathered[BLOCK];
-    for (int i = 0; i < BLOCK; ++i) gathered[i] = x[order[block * BLOCK + i]];
-    quantize_block(gathered, blocks[block], place, call.weight);
+  Words(const Call& call, int64_t first_vector)
+      : weight_(call.weight), lane_(first_vector % P), unpack_(call.weight.zero) {
+    const int64_t bytes = group_bytes(weight_), header = header_bytes(weight_);
+    const int64_t num_groups = weight_.in_features / weight_.group_size;
+    next_group_ = static_cast<const uint8_t*>(weight_.data) + first_vector / P * num_groups * bytes;
+    words_ = next_group_ + header + lane_ * W * sizeof(uint32_t);
+    left_ = pieces_a_group_ = weight_.group_size / call.piece_size;
   }
-}
 
-// The rows of a group of MAX_ROWS; blocks: those of the group.
-void quantize_rows(const Call& call, int64_t first_row, Rows* blocks) {
-  const int64_t end = std::min(call.num_rows, first_row + MAX_ROWS);
-  for (int64_t row = first_row; row < end; ++row) {
-    const int place = static_cast<int>(row - first_row);
-    switch (call.x_dtype) {
-      case F32: quantize_row<float>(call, row, blocks, place); break;
-      case BF16: quantize_row<bf16>(call, row, blocks, place); break;
-      case F16: quantize_row<f16>(call, row, blocks, place); break;
+  void load_unit() {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) unit_[v] = load_as<vu>(words_ + v * W * sizeof(uint32_t));
+    words_ += PANEL * sizeof(uint32_t);
+  }
+  Values values(int step, int v) const { return unpack_(unit_[v], step); }
+  // Of the piece whose units were loaded.
+  void end_piece(vf* scale, vf* minimum) {
+    const uint8_t* offsets = next_group_ + scale_bytes(weight_);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      scale[v] = load_scales(next_group_, weight_.scale_dtype, lane_ + v);
+      if (!HAS_MINIMUM) continue;
+      minimum[v] = weight_.offset_kind == GROUP_ZEROS
+                       ? -(scale[v] * load_zeros(offsets, lane_ + v))
+                       : load_scales(offsets, weight_.offset_dtype, lane_ + v);
     }
+    if (--left_ == 0) {
+      left_ = pieces_a_group_;
+      next_group_ += group_bytes(weight_);
+      words_ += header_bytes(weight_);
+    }
+  }
+
+ private:
+  const QuantizedWeight& weight_;
+  const int64_t lane_;
+  const typename Kind::template Unpack<BITS> unpack_;
+  const uint8_t *next_group_, *words_;
+  int64_t left_, pieces_a_group_;
+  vu unit_[V];
+};
+
+// The same, unpacked before.
+template <class Kind, bool HAS_MINIMUM>
+class Unpacked {
+ public:
+  using Values = typename Kind::Values;
+  static constexpr int STEPS = 4;
+  struct Scales {
+    vf scale[V], minimum[HAS_MINIMUM ? V : 0];
+  };
+
+  Unpacked(const Values* values, const Scales* scales) : values_(values), scales_(scales) {}
+
+  void load_unit() {
+    unit_ = values_;
+    values_ += STEPS * V;
+  }
+  Values values(int step, int v) const { return unit_[step * V + v]; }
+  void end_piece(vf* scale, vf* minimum) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      scale[v] = scales_->scale[v];
+      if (HAS_MINIMUM) minimum[v] = scales_->minimum[v];
+    }
+    ++scales_;
+  }
+
+ private:
+  const Values *values_, *unit_ = nullptr;
+  const Scales* scales_;
+};
+
+template <class Source, class Values, class Scales>
+void unpack(const Call& call, Source source, Values* values, Scales* scales) {
+  const int64_t units = call.piece_size / (2 * Source::STEPS);
+  for (int64_t piece = 0; piece < call.num_pieces(); ++piece, ++scales) {
+    for (int64_t unit = 0; unit < units; ++unit) {
+      source.load_unit();
+#pragma GCC unroll 4
+      for (int step = 0; step < Source::STEPS; ++step)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) *values++ = source.values(step, v);
+    }
+    source.end_piece(scales->scale, scales->minimum);
   }
 }
 
@@ -295,190 +311,233 @@ void load_bias(const void* bias, int64_t from, vf* values, int64_t n) {
   }
 }
 
-// V vectors of outputs, `outputs` vectors behind the first, of the first ROWS rows of a group.
-template <int BITS, int64_t KIND, int ROWS>
-void multiply_rows(const Call& call, const Rows* x, int64_t first_row, int64_t outputs) {
-  constexpr int P = PANEL / W;
-  constexpr int STEP_BYTES = PANEL * DEPTH;  // of a step, or of a pair of them
-  const QuantizedWeight& weight = call.weight;
-  const int64_t panel = outputs / P, lane = outputs % P;
-  const int64_t first_output = outputs * W;
-  const int64_t n = weight.out_features - first_output;
-  const int64_t group_blocks = weight.group_size / BLOCK;
-  const int64_t group_bytes = PANEL * size_of(weight.scale_dtype);
-  const int64_t offset_bytes =
-      KIND == GROUP_ZEROS ? PANEL : PANEL * size_of(weight.offset_dtype);
-  const int64_t first_group = panel * (call.num_blocks / group_blocks);
-  const auto* codes = static_cast<const uint8_t*>(weight.codes) +
-                      panel * call.num_blocks * (PANEL * BLOCK * BITS / 8) + lane * W * DEPTH;
-  const auto* scales = static_cast<const uint8_t*>(weight.scales) + first_group * group_bytes;
-  const auto* offsets = static_cast<const uint8_t*>(weight.offsets) + first_group * offset_bytes;
+// A tile's rows as they are multiplied.
+template <class Kind>
+struct Tile {
+  const typename Kind::Pair* pairs;  // [in_features / 2][rows]
+  const float* sums;                 // [pieces][rows]
+  int64_t first_row;
+};
 
-  vf bias[V] = {};
+// Not inlined, nor copied for each number of rows: this is done once for a whole chain.
+[[gnu::noinline]] void load_any_bias(const Call& call, int64_t first_output, vf* bias) {
+  const int64_t n = call.weight.out_features - first_output;
   switch (call.bias ? call.bias_dtype : -1) {
     case F32: load_bias<float>(call.bias, first_output, bias, n); break;
     case BF16: load_bias<bf16>(call.bias, first_output, bias, n); break;
     case F16: load_bias<f16>(call.bias, first_output, bias, n); break;
+    default: std::fill(bias, bias + V, vf{});
   }
-  const bool has_totals = weight.chain_blocks < call.num_blocks || call.out_dtype == F64;
+}
+
+// Adds the sums of a chain of rows to those of the chains before.
+[[gnu::noinline]] void add_to_totals(const vf* acc, vd2* totals, int64_t rows) {
+  for (int64_t i = 0; i < rows * V; ++i) totals[i] += widen(acc[i]);
+}
+
+[[gnu::noinline]] void store_row(const Call& call, int64_t row, int64_t first_output,
+                                 const vf* values, const vd2* totals) {
+  const int64_t n = call.weight.out_features - first_output;
+  const int64_t from = row * call.out_stride + first_output;
+  switch (call.out_dtype) {
+    case F64: store_totals(call.out, from, totals, n); break;
+    case F32: store_outputs<float>(call.out, from, values, n); break;
+    case BF16: store_outputs<bf16>(call.out, from, values, n); break;
+    case F16: store_outputs<f16>(call.out, from, values, n); break;
+  }
+}
+
+// V vectors of outputs, of ROWS rows.
+template <class Kind, bool HAS_MINIMUM, int ROWS, class Source>
+[[gnu::noinline]] void multiply_rows(const Call& call, const Tile<Kind>& tile, Source source,
+                                     int64_t first_output) {
+  const int64_t num_pieces = call.num_pieces(), chain_pieces = call.chain_pieces();
+  const int64_t units = call.piece_size / (2 * Source::STEPS);
+  const bool has_totals = chain_pieces < num_pieces || call.out_dtype == F64;
+  const auto* x = tile.pairs;
+  const float* sums = tile.sums;
+  vf bias[V], ends[ROWS][V];
   vd2 totals[ROWS][V];
+  load_any_bias(call, first_output, bias);
   if (has_totals)
     for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < V; ++v) totals[r][v] = widen(bias[v]);
 
-  vf acc[ROWS][V] = {};
-  int64_t left_of_group = group_blocks;
-  for (int64_t block = 0; block < call.num_blocks;) {
-    const int64_t end = std::min(block + weight.chain_blocks, call.num_blocks);
-    for (; block < end; ++block, ++x) {
-      vu w[STEPS][V];
-      const uint8_t* block_codes = codes;
-#pragma GCC unroll 8
-      for (int step = 0; step < STEPS; ++step) {
+  for (int64_t piece = 0; piece < num_pieces;) {
+    const int64_t end = std::min(piece + chain_pieces, num_pieces);
+    vf acc[ROWS][V] = {};
+    for (; piece < end; ++piece) {
+      vf dot[ROWS][V] = {};
+#pragma GCC unroll 1
+      for (int64_t unit = 0; unit < units; ++unit) {
+        source.load_unit();
+#pragma GCC unroll 4
+        for (int step = 0; step < Source::STEPS; ++step, x += ROWS) {
+          typename Kind::Values w[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-          const vu both = load_as<vu>(codes + v * W * DEPTH);
-          w[step][v] = BITS == 8 ? both : (step % 2 ? both >> 4 : both) & 0x0f0f0f0fu;
+          for (int v = 0; v < V; ++v) w[v] = source.values(step, v);
+#pragma GCC unroll 8
+          for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) dot[r][v] = Kind::multiply(w[v], x[r], dot[r][v]);
         }
-        if (BITS == 8 || step % 2) codes += STEP_BYTES;
       }
       vf scale[V], minimum[V];
-      vi zero[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        scale[v] = load_scales(scales, weight.scale_dtype, lane + v);
-        if (KIND == GROUP_ZEROS) zero[v] = load_zeros(offsets, lane + v);
-        if (KIND == MINIMUMS) minimum[v] = load_scales(offsets, weight.offset_dtype, lane + v);
-      }
-      const auto* steps = BITS == 8 ? block_codes : reinterpret_cast<const uint8_t*>(w);
-      constexpr int64_t APART = BITS == 8 ? STEP_BYTES : V * W * DEPTH;
-#pragma GCC unroll 16
-      for (int first = 0; first < ROWS; first += TOGETHER) {
-        Dot<BITS> dots[TOGETHER][V], uppers[TOGETHER][V];
-#pragma GCC unroll 8
-        for (int i = 0; i < TOGETHER; ++i)
-          if (first + i < ROWS)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-              dots[i][v].start(KIND == ONE_ZERO ? x->starts[first + i] : 0);
-              uppers[i][v].start(0);
-            }
-#pragma GCC unroll 8
-        for (int step = 0; step < STEPS; ++step)
-#pragma GCC unroll 8
-          for (int i = 0; i < TOGETHER; ++i)
-            if (first + i < ROWS)
-#pragma GCC unroll 2
-              for (int v = 0; v < V; ++v) dots[i][v].add(w[step][v], x->codes[step][first + i]);
-#pragma GCC unroll 2
-        for (int t = 0; t < WIDE; ++t)
-#pragma GCC unroll 8
-          for (int i = 0; i < TOGETHER; ++i)
-            if (first + i < ROWS) {
-              const uint8_t* step = steps + x->wide_steps[t][first + i] * APART;
-#pragma GCC unroll 2
-              for (int v = 0; v < V; ++v)
-                uppers[i][v].add(load_as<vu>(step + v * W * DEPTH), x->upper[t][first + i]);
-            }
-#pragma GCC unroll 8
-        for (int i = 0; i < TOGETHER; ++i)
-          if (first + i < ROWS)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-              const int r = first + i;
-              vi total = dots[i][v].total() + (uppers[i][v].total() << DIGIT);
-              if (KIND == GROUP_ZEROS) total -= zero[v] * x->starts[r];
-              acc[r][v] = fma(scale[v] * x->scales[r], to_float(total), acc[r][v]);
-              if (KIND == MINIMUMS) acc[r][v] = fma(minimum[v], splat(x->sums[r]), acc[r][v]);
-            }
-      }
-      if (--left_of_group == 0) {
-        left_of_group = group_blocks;
-        scales += group_bytes;
-        offsets += offset_bytes;
-      }
-    }
-    if (has_totals)
+      source.end_piece(scale, minimum);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          totals[r][v] += widen(acc[r][v]);
-          acc[r][v] = vf{};
+          acc[r][v] = fma(scale[v], dot[r][v], acc[r][v]);
+          if (HAS_MINIMUM) acc[r][v] = fma(minimum[v], splat(sums[r]), acc[r][v]);
         }
+      if (HAS_MINIMUM) sums += ROWS;
+    }
+    std::memcpy(ends, acc, sizeof ends);
+    if (has_totals) add_to_totals(ends[0], totals[0], ROWS);
   }
 
-#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
-    const int64_t from = (first_row + r) * call.out_stride + first_output;
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[r][v] = has_totals ? narrow(totals[r][v]) : acc[r][v] + bias[v];
-    switch (call.out_dtype) {
-      case F64: store_totals(call.out, from, totals[r], n); break;
-      case F32: store_outputs<float>(call.out, from, acc[r], n); break;
-      case BF16: store_outputs<bf16>(call.out, from, acc[r], n); break;
-      case F16: store_outputs<f16>(call.out, from, acc[r], n); break;
-    }
+    for (int v = 0; v < V; ++v)
+      ends[r][v] = has_totals ? narrow(totals[r][v]) : ends[r][v] + bias[v];
+    store_row(call, tile.first_row + r, first_output, ends[r], totals[r]);
   }
 }
 
-template <int BITS, int64_t KIND, int ROWS = MAX_ROWS>
-void multiply_at_most(int64_t rows, const Call& call, const Rows* x, int64_t first_row,
-                      int64_t outputs) {
+template <class Kind, bool HAS_MINIMUM, int ROWS = Kind::MAX_ROWS, class Source>
+void multiply_tile(const Call& call, int64_t rows, const Tile<Kind>& tile, const Source& source,
+                   int64_t first_output) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS)
-      multiply_rows<BITS, KIND, ROWS>(call, x, first_row, outputs);
+      multiply_rows<Kind, HAS_MINIMUM, ROWS>(call, tile, source, first_output);
     else
-      multiply_at_most<BITS, KIND, ROWS - 1>(rows, call, x, first_row, outputs);
+      multiply_tile<Kind, HAS_MINIMUM, ROWS - 1>(call, rows, tile, source, first_output);
   }
 }
 
-using Multiply = void (*)(int64_t, const Call&, const Rows*, int64_t, int64_t);
+// The sum of n values, a multiple of 16: each of 16 lanes in order, then halves that meet.
+template <class T>
+float sum_of(const T* x, int64_t n) {
+  constexpr int N = SUM_LANES / W;
+  vf lanes[N];
+  for (int i = 0; i < N; ++i) lanes[i] = load(x + i * W);
+  for (int64_t k = SUM_LANES; k < n; k += SUM_LANES)
+    for (int i = 0; i < N; ++i) lanes[i] += load(x + k + i * W);
+  for (int i = 1; i < N; ++i) lanes[0] += lanes[i];
+  return sum(lanes[0]);
+}
 
-template <int BITS>
-Multiply multiply_of(int64_t offset_kind) {
-  switch (offset_kind) {
-    case ONE_ZERO: return multiply_at_most<BITS, ONE_ZERO>;
-    case GROUP_ZEROS: return multiply_at_most<BITS, GROUP_ZEROS>;
-    default: return multiply_at_most<BITS, MINIMUMS>;
+template <class Kind, class T>
+void lay_out_row(const Call& call, int64_t row, int64_t place, int64_t rows,
+                 typename Kind::Pair* pairs, float* sums) {
+  static thread_local Scratch scratch;
+  const int64_t size = call.weight.in_features;
+  const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
+  if (const int64_t* order = call.weight.input_order) {
+    T* gathered = scratch.get<T>(size);
+    for (int64_t k = 0; k < size; ++k) gathered[k] = x[order[k]];
+    x = gathered;
+  }
+  for (int64_t k = 0; k < size; k += 2) pairs[k / 2 * rows + place] = Kind::pair(x + k);
+  if (sums)
+    for (int64_t piece = 0; piece < call.num_pieces(); ++piece)
+      sums[piece * rows + place] = sum_of(x + piece * call.piece_size, call.piece_size);
+}
+
+template <class Kind>
+void lay_out_tile(const Call& call, int64_t index, typename Kind::Pair* pairs, float* sums) {
+  const int64_t rows = call.rows_of(index);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = index * call.tile_rows + i;
+    if constexpr (std::is_same_v<Kind, Wide>) {
+      switch (call.x_dtype) {
+        case F32: lay_out_row<Kind, float>(call, row, i, rows, pairs, sums); break;
+        case BF16: lay_out_row<Kind, bf16>(call, row, i, rows, pairs, sums); break;
+        case F16: lay_out_row<Kind, f16>(call, row, i, rows, pairs, sums); break;
+      }
+    } else {
+      lay_out_row<Kind, bf16>(call, row, i, rows, pairs, sums);
+    }
   }
 }
 
 // Of every thread of a team.
+template <class Kind, int BITS, bool HAS_MINIMUM>
 void run(const Call& call) {
-  const QuantizedWeight& weight = call.weight;
-  const Multiply multiply_group =
-      weight.bits == 4 ? multiply_of<4>(weight.offset_kind) : multiply_of<8>(weight.offset_kind);
-  const int64_t num_blocks = call.num_blocks;
-  const int64_t num_groups = (call.num_rows + MAX_ROWS - 1) / MAX_ROWS;
-  const int64_t tile_groups =
-      std::max<int64_t>(1, TILE_BYTES / (num_blocks * static_cast<int64_t>(sizeof(Rows))));
-  const int64_t num_tiles = (num_groups + tile_groups - 1) / tile_groups;
-  const int64_t num_outputs = (weight.out_features + V * W - 1) / (V * W);
-  static thread_local Scratch scratch;
-  Rows* rows;
+  using Panel = Unpacked<Kind, HAS_MINIMUM>;
+  using Pair = typename Kind::Pair;
+  const int64_t row_pairs = call.weight.in_features / 2;
+  const int64_t row_sums = HAS_MINIMUM ? call.num_pieces() : 0;
+  static thread_local Scratch rows_scratch, panel_scratch;
+  Pair* pairs;
+  float* sums;
+  const auto reserve = [&] {
+    const int64_t pair_bytes = (call.num_rows * row_pairs * sizeof(Pair) + 63) / 64 * 64;
+    char* bytes = rows_scratch.get<char>(pair_bytes + call.num_rows * row_sums * sizeof(float));
+    pairs = reinterpret_cast<Pair*>(bytes);
+    sums = reinterpret_cast<float*>(bytes + pair_bytes);
+  };
+  const auto tile_of = [&](int64_t index) {
+    const int64_t row = index * call.tile_rows;
+    return Tile<Kind>{pairs + row * row_pairs, sums + row * row_sums, row};
+  };
+  const auto lay_out = [&](int64_t index) {
+    const int64_t row = index * call.tile_rows;
+    lay_out_tile<Kind>(call, index, pairs + row * row_pairs,
+                       HAS_MINIMUM ? sums + row * row_sums : nullptr);
+  };
   if (call.num_rows <= FEW_ROWS) {
-    rows = scratch.get<Rows>(num_groups * num_blocks);
-    for (int64_t group = 0; group < num_groups; ++group)
-      quantize_rows(call, group * MAX_ROWS, rows + group * num_blocks);
+    reserve();
+    for (int64_t index = 0; index < call.num_tiles; ++index) lay_out(index);
   } else {
-#pragma omp single copyprivate(rows)
-    rows = scratch.get<Rows>(num_groups * num_blocks);
+#pragma omp single copyprivate(pairs, sums)
+    reserve();
 #pragma omp for schedule(static)
-    for (int64_t group = 0; group < num_groups; ++group)
-      quantize_rows(call, group * MAX_ROWS, rows + group * num_blocks);
+    for (int64_t index = 0; index < call.num_tiles; ++index) lay_out(index);
+  }
+
+  const int64_t num_outputs = (call.weight.out_features + V * W - 1) / (V * W);
+  const bool is_direct = call.num_tiles <= DIRECT_TILES;
+  const int64_t tile_bytes = call.tile_rows * row_pairs * static_cast<int64_t>(sizeof(Pair));
+  const int64_t block_tiles = std::max<int64_t>(DIRECT_TILES, TILE_BYTES / tile_bytes);
+  const int64_t num_blocks = (call.num_tiles + block_tiles - 1) / block_tiles;
+  typename Kind::Values* values = nullptr;
+  typename Panel::Scales* scales = nullptr;
+  if (!is_direct) {
+    const int64_t value_bytes = row_pairs * V * sizeof *values;
+    char* bytes = panel_scratch.get<char>(value_bytes + call.num_pieces() * sizeof *scales);
+    values = reinterpret_cast<typename Kind::Values*>(bytes);
+    scales = reinterpret_cast<typename Panel::Scales*>(bytes + value_bytes);
   }
 #pragma omp for collapse(2) schedule(static)
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+  for (int64_t block = 0; block < num_blocks; ++block) {
     for (int64_t outputs = 0; outputs < num_outputs; ++outputs) {
-      const int64_t end = std::min(num_groups, (tile + 1) * tile_groups);
-      for (int64_t group = tile * tile_groups; group < end; ++group) {
-        const int64_t row = group * MAX_ROWS;
-        multiply_group(std::min<int64_t>(MAX_ROWS, call.num_rows - row), call,
-                       rows + group * num_blocks, row, outputs * V);
+      const Words<Kind, BITS, HAS_MINIMUM> words(call, outputs * V);
+      const int64_t end = std::min(call.num_tiles, (block + 1) * block_tiles);
+      if (!is_direct) unpack(call, words, values, scales);
+      for (int64_t index = block * block_tiles; index < end; ++index) {
+        const int64_t rows = call.rows_of(index), first_output = outputs * V * W;
+        if (is_direct)
+          multiply_tile<Kind, HAS_MINIMUM>(call, rows, tile_of(index), words, first_output);
+        else
+          multiply_tile<Kind, HAS_MINIMUM>(call, rows, tile_of(index), Panel(values, scales),
+                                           first_output);
       }
     }
   }
+}
+
+template <class Kind>
+void run(Call call) {
+  // Rows in equal shares, rather than some tiles full and one with the rest.
+  const int64_t fewest = (call.num_rows + Kind::MAX_ROWS - 1) / Kind::MAX_ROWS;
+  call.tile_rows = (call.num_rows + fewest - 1) / fewest;
+  call.num_tiles = (call.num_rows + call.tile_rows - 1) / call.tile_rows;
+  const bool has_minimum = call.weight.offset_kind != ONE_ZERO;
+  if (call.weight.bits == 4)
+    has_minimum ? run<Kind, 4, true>(call) : run<Kind, 4, false>(call);
+  else
+    has_minimum ? run<Kind, 8, true>(call) : run<Kind, 8, false>(call);
 }
 
 }  // namespace
@@ -486,8 +545,14 @@ void run(const Call& call) {
 void multiply(const QuantizedWeight& weight, const void* x, int64_t x_stride, int64_t x_dtype,
               const void* bias, int64_t bias_dtype, void* out, int64_t out_stride,
               int64_t out_dtype, int64_t num_rows) {
-  run({weight, x, x_stride, x_dtype, bias, bias_dtype, out, out_stride, out_dtype, num_rows,
-       weight.in_features / BLOCK});
+  if (num_rows == 0) return;
+  const int64_t piece_size = std::gcd(weight.group_size, weight.chain_blocks * BLOCK);
+  const Call call{weight, x,          x_stride,  x_dtype,  bias,       bias_dtype,
+                  out,    out_stride, out_dtype, num_rows, piece_size, 0, 0};
+#ifdef STEPWIRE_DOT
+  if (x_dtype == BF16) return run<Dot>(call);
+#endif
+  run<Wide>(call);
 }
 
 void quantized_linear(const QuantizedWeight& weight, const void* x, int64_t x_stride,

@@ -9,17 +9,20 @@ namespace {
 
 using namespace quantized;
 
-// Eight codes of 4 bits that lie in two steps, as a panel holds them.
-inline uint32_t pair_steps(const uint8_t* codes) {
-  uint32_t even, odd;
-  std::memcpy(&even, codes, DEPTH);
-  std::memcpy(&odd, codes + DEPTH, DEPTH);
-  return even | odd << 4;
+// A word of an output's codes, as QuantizedWeight says.
+inline uint32_t word_of(const uint8_t* codes, int64_t bits) {
+  uint32_t word = 0;
+  if (bits == 8)
+    std::memcpy(&word, codes, sizeof word);
+  else
+    for (int i = 0; i < 4; ++i)
+      word |= static_cast<uint32_t>(codes[2 * i] | codes[2 * i + 1] << 16) << (4 * i);
+  return word;
 }
 
-// Where output n's codes of a step (8 bits) or of a pair of steps (4 bits) lie.
-inline int64_t place_of(int64_t n, int64_t unit, int64_t units) {
-  return ((n / PANEL * units + unit) * PANEL + n % PANEL) * DEPTH;
+// The i-th code of a word.
+inline int32_t code_of(uint32_t word, int64_t bits, int64_t i) {
+  return bits == 8 ? word >> (8 * i) & 255 : word >> (i / 2 * 4 + i % 2 * 16) & 15;
 }
 
 inline float value_of(const void* p, int64_t dtype, int64_t place) {
@@ -33,25 +36,24 @@ inline float value_of(const void* p, int64_t dtype, int64_t place) {
 // One output's weights in float32, in the order of its codes.
 void dequantize_output(const QuantizedWeight& weight, int64_t n, float* values) {
   const int64_t num_groups = weight.in_features / weight.group_size;
-  const int64_t units = weight.in_features / DEPTH / (weight.bits == 4 ? 2 : 1);
-  const auto* codes = static_cast<const uint8_t*>(weight.codes);
-  for (int64_t group = 0; group < num_groups; ++group) {
-    const int64_t place = (n / PANEL * num_groups + group) * PANEL + n % PANEL;
-    const float scale = value_of(weight.scales, weight.scale_dtype, place);
+  const int64_t lane = n % PANEL, word_inputs = 32 / weight.bits;
+  const auto* group = static_cast<const uint8_t*>(weight.data) +
+                      n / PANEL * num_groups * group_bytes(weight);
+  for (int64_t g = 0; g < num_groups; ++g, group += group_bytes(weight)) {
+    const float scale = value_of(group, weight.scale_dtype, lane);
+    const uint8_t* offsets = group + scale_bytes(weight);
     const bool has_minimum = weight.offset_kind == MINIMUMS;
-    const float minimum =
-        has_minimum ? value_of(weight.offsets, weight.offset_dtype, place) : 0.0f;
+    const float minimum = has_minimum ? value_of(offsets, weight.offset_dtype, lane) : 0.0f;
     const int32_t zero = has_minimum                          ? 0
-                         : weight.offset_kind == GROUP_ZEROS
-                             ? static_cast<const uint8_t*>(weight.offsets)[place]
-                             : static_cast<int32_t>(weight.zero);
-    for (int64_t k = group * weight.group_size; k < (group + 1) * weight.group_size; ++k) {
-      const int64_t step = k / DEPTH;
-      const int64_t unit = weight.bits == 4 ? step / 2 : step;
-      const int32_t both = codes[place_of(n, unit, units) + k % DEPTH];
-      const int32_t code = weight.bits == 8 ? both : step % 2 ? both >> 4 : both & 15;
+                         : weight.offset_kind == GROUP_ZEROS ? offsets[lane]
+                                                             : static_cast<int32_t>(weight.zero);
+    const uint8_t* words = group + header_bytes(weight);
+    for (int64_t k = 0; k < weight.group_size; ++k) {
+      uint32_t word;
+      std::memcpy(&word, words + (k / word_inputs * PANEL + lane) * sizeof word, sizeof word);
+      const int32_t code = code_of(word, weight.bits, k % word_inputs);
       const float product = static_cast<float>(code - zero) * scale;
-      values[k] = has_minimum ? product + minimum : product;
+      *values++ = has_minimum ? product + minimum : product;
     }
   }
 }
@@ -59,28 +61,28 @@ void dequantize_output(const QuantizedWeight& weight, int64_t n, float* values) 
 }  // namespace
 }  // namespace stepwire
 
-// Lays codes, contiguous [num_outputs][in_features], out as QuantizedWeight::codes says; packed
-// has room for whole panels.
-extern "C" void stepwire_pack_codes(const uint8_t* codes, int64_t bits, int64_t num_outputs,
-                                    int64_t in_features, uint8_t* packed, int64_t num_threads) {
+// Lays codes, contiguous [out_features][in_features], out in the words of weight.data, which has
+// room for whole panels.
+extern "C" void stepwire_pack_codes(const stepwire::QuantizedWeight* weight, const uint8_t* codes,
+                                    int64_t num_threads) {
   using namespace stepwire;
-  const int64_t unit_inputs = bits == 4 ? 2 * DEPTH : DEPTH;
-  const int64_t units = in_features / unit_inputs;
-  const int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
+  const int64_t bits = weight->bits, size = weight->in_features;
+  const int64_t word_inputs = 32 / bits, group_words = weight->group_size / word_inputs;
+  const int64_t num_groups = size / weight->group_size;
+  const int64_t num_panels = (weight->out_features + PANEL - 1) / PANEL;
+  auto* data = static_cast<uint8_t*>(const_cast<void*>(weight->data));
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (int64_t panel = 0; panel < num_panels; ++panel) {
-    for (int64_t n = panel * PANEL; n < (panel + 1) * PANEL; ++n) {
-      uint8_t* target = packed + place_of(n, 0, units);
-      const uint8_t* source = codes + n * in_features;
-      for (int64_t unit = 0; unit < units; ++unit, target += PANEL * DEPTH, source += unit_inputs) {
-        uint32_t word = 0;
-        if (n < num_outputs) {
-          if (bits == 4)
-            word = pair_steps(source);
-          else
-            std::memcpy(&word, source, DEPTH);
+    for (int64_t lane = 0; lane < PANEL; ++lane) {
+      const int64_t n = panel * PANEL + lane;
+      const uint8_t* source = codes + n * size;
+      for (int64_t g = 0; g < num_groups; ++g) {
+        uint8_t* words =
+            data + (panel * num_groups + g) * group_bytes(*weight) + header_bytes(*weight);
+        for (int64_t i = 0; i < group_words; ++i, source += word_inputs) {
+          const uint32_t word = n < weight->out_features ? word_of(source, bits) : 0;
+          std::memcpy(words + (i * PANEL + lane) * sizeof word, &word, sizeof word);
         }
-        std::memcpy(target, &word, sizeof word);
       }
     }
   }
