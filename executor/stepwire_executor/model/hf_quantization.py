@@ -11,7 +11,7 @@ from stepwire_executor.model.fields import Fields
 Packing = Literal["gptq", "awq", "compressed-tensors"]
 SUPPORTED_METHODS: tuple[Packing, ...] = ("gptq", "awq", "compressed-tensors")
 GROUP_UNIT = 32
-"""Inputs that kernels multiply in integers at once: a group is whole ones, or the whole row."""
+"""Inputs that kernels multiply at once: a group is whole ones, or the whole row."""
 _FIX = "use the unquantised checkpoint or a GGUF file"
 
 

@@ -38,10 +38,11 @@ constexpr int DOT_ROWS = 6, WIDE_ROWS = 4;
 #else
 constexpr int WIDE_ROWS = 2;
 #endif
-// So many times codes are unpacked where they are multiplied; oftener, once and for all.
-constexpr int64_t DIRECT_TILES = 2;
+// So many times codes are unpacked where they are multiplied, which takes a fifteenth of a tile's
+// time; oftener, once and for all, into memory.
+constexpr int64_t DIRECT_TILES = 6;
 // So few are laid out by each thread for itself, which takes less than a barrier.
-constexpr int64_t FEW_ROWS = 8;
+constexpr int64_t FEW_ROWS = 16;
 // Of rows that are worked on together: half of a second-level cache of 1 MiB.
 constexpr int64_t TILE_BYTES = 512 << 10;
 constexpr int SUM_LANES = 16;
@@ -191,12 +192,20 @@ class Words {
   static constexpr int STEPS = 16 / BITS;  // of two inputs, in a unit
 
   Words(const Call& call, int64_t first_vector)
-      : weight_(call.weight), lane_(first_vector % P), unpack_(call.weight.zero) {
-    const int64_t bytes = group_bytes(weight_), header = header_bytes(weight_);
-    const int64_t num_groups = weight_.in_features / weight_.group_size;
-    next_group_ = static_cast<const uint8_t*>(weight_.data) + first_vector / P * num_groups * bytes;
-    words_ = next_group_ + header + lane_ * W * sizeof(uint32_t);
-    left_ = pieces_a_group_ = weight_.group_size / call.piece_size;
+      : lane_(first_vector % P),
+        scale_dtype_(call.weight.scale_dtype),
+        offset_kind_(call.weight.offset_kind),
+        offset_dtype_(call.weight.offset_dtype),
+        scale_bytes_(scale_bytes(call.weight)),
+        header_bytes_(header_bytes(call.weight)),
+        group_bytes_(group_bytes(call.weight)),
+        pieces_a_group_(call.weight.group_size / call.piece_size),
+        unpack_(call.weight.zero),
+        left_(pieces_a_group_) {
+    const int64_t num_groups = call.weight.in_features / call.weight.group_size;
+    group_ = static_cast<const uint8_t*>(call.weight.data) +
+             first_vector / P * num_groups * group_bytes_;
+    words_ = group_ + header_bytes_ + lane_ * W * sizeof(uint32_t);
   }
 
   void load_unit() {
@@ -207,28 +216,28 @@ class Words {
   Values values(int step, int v) const { return unpack_(unit_[v], step); }
   // Of the piece whose units were loaded.
   void end_piece(vf* scale, vf* minimum) {
-    const uint8_t* offsets = next_group_ + scale_bytes(weight_);
+    const uint8_t* offsets = group_ + scale_bytes_;
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      scale[v] = load_scales(next_group_, weight_.scale_dtype, lane_ + v);
+      scale[v] = load_scales(group_, scale_dtype_, lane_ + v);
       if (!HAS_MINIMUM) continue;
-      minimum[v] = weight_.offset_kind == GROUP_ZEROS
+      minimum[v] = offset_kind_ == GROUP_ZEROS
                        ? -(scale[v] * load_zeros(offsets, lane_ + v))
-                       : load_scales(offsets, weight_.offset_dtype, lane_ + v);
+                       : load_scales(offsets, offset_dtype_, lane_ + v);
     }
     if (--left_ == 0) {
       left_ = pieces_a_group_;
-      next_group_ += group_bytes(weight_);
-      words_ += header_bytes(weight_);
+      group_ += group_bytes_;
+      words_ += header_bytes_;
     }
   }
 
  private:
-  const QuantizedWeight& weight_;
-  const int64_t lane_;
+  const int64_t lane_, scale_dtype_, offset_kind_, offset_dtype_;
+  const int64_t scale_bytes_, header_bytes_, group_bytes_, pieces_a_group_;
   const typename Kind::template Unpack<BITS> unpack_;
-  const uint8_t *next_group_, *words_;
-  int64_t left_, pieces_a_group_;
+  const uint8_t *group_, *words_;
+  int64_t left_;
   vu unit_[V];
 };
 
@@ -499,8 +508,10 @@ void run(const Call& call) {
   const int64_t num_outputs = (call.weight.out_features + V * W - 1) / (V * W);
   const bool is_direct = call.num_tiles <= DIRECT_TILES;
   const int64_t tile_bytes = call.tile_rows * row_pairs * static_cast<int64_t>(sizeof(Pair));
-  const int64_t block_tiles = std::max<int64_t>(DIRECT_TILES, TILE_BYTES / tile_bytes);
-  const int64_t num_blocks = (call.num_tiles + block_tiles - 1) / block_tiles;
+  const int64_t most_tiles = std::max<int64_t>(DIRECT_TILES, TILE_BYTES / tile_bytes);
+  // Of equal size, as threads take equal numbers of them.
+  const int64_t num_blocks = (call.num_tiles + most_tiles - 1) / most_tiles;
+  const int64_t block_tiles = (call.num_tiles + num_blocks - 1) / num_blocks;
   typename Kind::Values* values = nullptr;
   typename Panel::Scales* scales = nullptr;
   if (!is_direct) {
