@@ -60,7 +60,7 @@ def _multiply(rows: Tensor, weight: GroupQuantized, outputs: slice) -> Tensor:
     codes = weight.codes[outputs].reshape(-1, weight.scales.shape[1], weight.group_size)
     scales = weight.scales[outputs].to(torch.float32)
     acc = torch.zeros((rows.shape[0], codes.shape[0]), device=codes.device)
-    for group, x in enumerate(rows.split(weight.group_size, dim=1)):
+    for group, x in enumerate(torch.split(rows, weight.group_size, dim=1)):
         values = codes[:, group].to(torch.float64)
         if weight.zeros is not None:
             values -= weight.zeros[outputs, group, None].to(torch.float64)
