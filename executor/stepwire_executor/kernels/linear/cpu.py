@@ -17,6 +17,7 @@ from stepwire_executor.kernels.linear.quantized_cpu import (
 )
 from stepwire_executor.kernels.linear.stacked import StackedWeight, multiply_parts, pack_parts
 from stepwire_executor.kernels.native.library import COMPUTE_DTYPES, DTYPE_CODES, NativeLibrary
+from stepwire_executor.kernels.native.weight_memory import WeightMemory
 
 _PANEL = 32
 """Outputs that are computed together; PANEL in linear.cpp."""
@@ -45,23 +46,27 @@ class PanelWeight:
 
 def make_pack_weight(library: NativeLibrary) -> PackWeight:
     """Return the operation; see `interface.PackWeight`."""
+    memory = WeightMemory()
 
     def pack_weight(
         weight: Tensor | GroupQuantized | tuple[object, ...], sum_unit: int | None = None
     ) -> PackedWeight:
         if isinstance(weight, GroupQuantized):
-            return pack_groups(library, weight, sum_unit)
+            return pack_groups(library, weight, sum_unit, memory)
         if isinstance(weight, tuple):
             return pack_parts(pack_weight, weight, sum_unit)
-        return pack_dense(weight, sum_unit)
+        return pack_dense(weight, sum_unit, memory)
 
     return pack_weight
 
 
-def pack_dense(weight: Tensor, sum_unit: int | None = None) -> PanelWeight:
+def pack_dense(
+    weight: Tensor, sum_unit: int | None = None, memory: WeightMemory | None = None
+) -> PanelWeight:
     """Lay weight, [out_features, in_features] in the dtype to compute in, out in panels.
 
-    sum_unit: see `interface.PackWeight`; even in bfloat16, which is multiplied in pairs.
+    sum_unit: see `interface.PackWeight`; even in bfloat16, which is multiplied in pairs. memory:
+    where to; its own where there is none.
     """
     if weight.ndim != 2 or weight.dtype not in COMPUTE_DTYPES:
         raise ValueError(
@@ -77,7 +82,9 @@ def pack_dense(weight: Tensor, sum_unit: int | None = None) -> PanelWeight:
     steps = padded.shape[1] // depth
     # A pair of bfloat16 moves as one int32: torch transposes that 6 times as fast.
     words = padded.contiguous().view(torch.int32) if depth == 2 else padded
-    panels = words.view(-1, _PANEL, steps).transpose(1, 2).contiguous()
+    shape = (words.shape[0] // _PANEL, steps, _PANEL)
+    panels = (memory or WeightMemory()).empty(shape, words.dtype)
+    panels.copy_(words.view(-1, _PANEL, steps).transpose(1, 2))
     return PanelWeight(
         values=panels.view(weight.dtype).view(-1, steps, _PANEL, depth),
         out_features=out_features,

@@ -17,6 +17,7 @@ from stepwire_executor.kernels.interface import QuantizedRows
 from stepwire_executor.kernels.linear.group_quantized import GroupQuantized
 from stepwire_executor.kernels.linear.quantized_reference import check_groups
 from stepwire_executor.kernels.native.library import COMPUTE_DTYPES, DTYPE_CODES, NativeLibrary
+from stepwire_executor.kernels.native.weight_memory import WeightMemory
 
 _PANEL = 32
 """Outputs that are computed together; PANEL in quantized_linear.h."""
@@ -78,12 +79,15 @@ class QuantizedPanelWeight:
 
 
 def pack_groups(
-    library: NativeLibrary, weight: GroupQuantized, sum_unit: int | None = None
+    library: NativeLibrary,
+    weight: GroupQuantized,
+    sum_unit: int | None = None,
+    memory: WeightMemory | None = None,
 ) -> QuantizedPanelWeight:
     """Lay a weight in integers out in panels.
 
-    sum_unit: see `interface.PackWeight`; a multiple of 32. Raises ValueError if it is not, or if
-    groups cut the blocks of 32 inputs.
+    sum_unit: see `interface.PackWeight`; a multiple of 32. memory: where to; its own where there
+    is none. Raises ValueError if sum_unit is none, or if groups cut the blocks of 32 inputs.
     """
     check_groups(weight)
     if sum_unit is not None and (sum_unit < 1 or sum_unit % _BLOCK):
@@ -102,7 +106,8 @@ def pack_groups(
     header_bytes = _PANEL * sum(tensor.element_size() for tensor in headers)
     group_bytes = header_bytes + _PANEL * weight.group_size * weight.bits // 8
     num_panels = -(-out_features // _PANEL)
-    data = torch.empty((num_panels, scales.shape[1], group_bytes), dtype=torch.uint8)
+    memory = memory or WeightMemory()
+    data = memory.empty((num_panels, scales.shape[1], group_bytes), torch.uint8)
     start = 0
     for tensor in headers:
         stop = start + _PANEL * tensor.element_size()
